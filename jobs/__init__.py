@@ -1,0 +1,1 @@
+"""The doors: the `ddpm` command, submission to clusters, presets."""

@@ -1,0 +1,295 @@
+"""The `ddpm` command: words in, verbs called, results printed. No logic of its own.
+
+Every verb takes `--json`: one JSON object as the last line of stdout. Progress, prose and other libraries' prints go
+to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import click
+import typer
+
+from pipelines.errors import Refused, UserError
+
+app = typer.Typer(
+    name="ddpm",
+    help="Train diffusion models that you can trust: a run is a pure function of its spec and its data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="A spec file (YAML).", show_default=False)]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A run, a checkpoint folder, name@champion or name@VERSION.", show_default=False
+    ),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one field of the spec; may be repeated.")
+]
+Storage = Annotated[str | None, typer.Option(help="Folder of the store [default: spec, $DDPM_STORAGE, ./ddpm-store].")]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow [default: spec, $MLFLOW_TRACKING_URI, mlflow.db in the store].")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+
+
+def main() -> None:
+    """Entry point: runs a verb and turns its end into an exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except UserError as error:
+        _fail(str(error), 2)
+    except Refused as error:
+        _fail(f"refused: {error}", 3)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@app.command()
+def run(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Ingest, train, evaluate, sample, register, promote; done steps are skipped."""
+    from jobs.tables import show_run
+    from pipelines.pipeline import run as run_pipeline
+    from pipelines.spec import load_spec
+
+    parsed = load_spec(spec, overrides or ())
+    with _session(parsed, storage, tracking_uri) as session:
+        result = run_pipeline(parsed, session)
+    _print(as_json, asdict(result), lambda: show_run(result, _ui_command(storage, tracking_uri)))
+
+
+@app.command()
+def ingest(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="`digits`, or a folder of images.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the dataset.")],
+    image_size: Annotated[int, typer.Option(help="Side of the square images, pixels.")],
+    channels: Annotated[int, typer.Option(help="1 (grey) or 3 (RGB).")] = 1,
+    held_out: Annotated[float, typer.Option(help="Share of the images kept from training.")] = 0.2,
+    shard_images: Annotated[int, typer.Option(help="Images a shard.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Images become WebDataset shards with an index."""
+    from jobs.live import listener
+    from pipelines.data.ingest import ingest as ingest_source
+    from pipelines.store import Place
+
+    with _quiet_stdout(), listener() as progress:
+        progress.start("ingest", source)
+        dataset = ingest_source(
+            source,
+            Place.of(out),
+            image_size=image_size,
+            channels=channels,
+            held_out=held_out,
+            shard_images=shard_images,
+            progress=lambda done, total: progress.advance(done // 2, total // 2, "images"),
+        )
+        progress.finish("ingest", f"{len(dataset.split('train')):,} + {len(dataset.split('held-out')):,} images")
+    _print(as_json, {"out": str(dataset.place), **dataset.card}, lambda: print(f"{dataset.place}  {dataset.digest}"))
+
+
+@app.command()
+def train(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Train a spec's model to its last checkpoint (ingests first where needed)."""
+    from pipelines.pipeline import run_training
+    from pipelines.spec import load_spec
+
+    parsed = load_spec(spec, overrides or ())
+    with _session(parsed, storage, tracking_uri) as session:
+        done = run_training(parsed, session)
+    _print(as_json, done, lambda: print(f"{done['run']}  {done['checkpoint']}"))
+
+
+@app.command()
+def evaluate(
+    model: ModelName,
+    against: Annotated[str, typer.Option(metavar="DATASET", help="Folder of an ingested dataset.")],
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model against a dataset's held-out images."""
+    from pipelines.evaluate.job import evaluate as evaluate_model
+
+    from jobs.tables import show_scores
+    from pipelines.data.manifest import Dataset
+    from pipelines.models import find_model, with_overrides
+    from pipelines.store import Place
+
+    with _session(None, storage, tracking_uri) as session:
+        found = with_overrides(find_model(model, session.store, session.tracker), overrides or ())
+        session.progress.start("evaluate", found.origin)
+        evaluation = evaluate_model(found, Dataset.open(Place.of(against)), found.spec, session)
+        session.progress.finish("evaluate", evaluation.summary())
+    _print(as_json, evaluation.to_json(), lambda: show_scores(evaluation.to_json()["scores"]))
+
+
+@app.command()
+def sample(
+    model: ModelName,
+    out: Annotated[str, typer.Option(help="Folder of the images (WebDataset shards, a grid, a manifest).")],
+    n: Annotated[int, typer.Option("--n", help="Number of images.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Image i is a function of model, settings, seed and i.")] = 0,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Draw images in bulk; a rerun makes the missing ones only, a larger --n extends."""
+    from pipelines.pictures import draw_grid
+
+    from pipelines.models import find_model, with_overrides
+    from pipelines.sample import Settings, sample_job
+    from pipelines.store import Place
+
+    with _session(None, storage, tracking_uri) as session:
+        found = with_overrides(find_model(model, session.store, session.tracker), overrides or ())
+        fields = found.spec.sample.model_dump(exclude={"n", "workers", "seed"})
+        session.progress.start("sample", found.origin)
+        settings, workers = Settings(**fields, seed=seed), found.spec.sample.workers
+        samples = sample_job(found, settings, n, Place.of(out), session.cluster, workers, session.progress)
+        grid = draw_grid(samples)
+        session.progress.finish("sample", f"{n:,} images, grid at {grid}")
+    _print(as_json, {**asdict(samples), "grid": str(grid)}, lambda: print(f"{samples.out}  {samples.sha256}"))
+
+
+@app.command()
+def register(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run: its spec's name and its identity.")],
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Make a run's last checkpoint a version of the registered model (evaluates first where needed)."""
+    from pipelines.pipeline import register_finished
+    from pipelines.train.run import find_run
+
+    with _session(None, storage, tracking_uri) as session:
+        outputs = register_finished(find_run(run, session.store), session)
+    _print(as_json, outputs, lambda: print(outputs["summary"]))
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A registered model.")],
+    version: Annotated[int | None, typer.Option(help="Its version; by default the newest.")] = None,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Give a version the alias `champion`, if its evidence passes the gates of its spec."""
+    from pipelines.registry.promote import promote_by_name
+
+    with _session(None, storage, tracking_uri) as session:
+        decision = promote_by_name(name, version, session.tracker.existing(), session.store)
+    _print(as_json, decision, lambda: print(f"{name} version {decision['version']} is champion"))
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One registered model.")] = None,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """List registered models, their versions and aliases."""
+    from jobs.tables import show_models
+    from pipelines.registry.register import list_models
+
+    with _session(None, storage, tracking_uri) as session:
+        found = list_models(session.tracker.existing(), name)
+    _print(as_json, {"models": found}, lambda: show_models(found))
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port on this host.")] = 5000,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Open MLflow's UI on the store's runs and models (on loopback, until interrupted)."""
+    with _session(None, storage, tracking_uri) as session:
+        session.tracker.existing()
+        address = session.tracker.address
+    if address.artifacts is None:
+        print(f"MLflow is a server already: open {address.uri}")
+        return
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address.uri]
+    command += ["--default-artifact-root", address.artifacts, "--host", "127.0.0.1", "--port", str(port)]
+    print(f"http://127.0.0.1:{port}", file=sys.stderr)
+    os.execve(command[0], command, {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+
+
+@contextlib.contextmanager
+def _session(spec: Any, storage: str | None, tracking_uri: str | None) -> Iterator[Any]:
+    from jobs.live import listener
+    from pipelines.cluster import Cluster
+    from pipelines.session import open_session
+
+    address = spec.ray.address if spec is not None else None
+    with _quiet_stdout(), listener() as progress, Cluster(address) as cluster:
+        yield open_session(cluster, progress, spec, storage, tracking_uri)
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Stdout is for results: what libraries print goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _print(as_json: bool, value: Any, show: Any) -> None:
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+    else:
+        show()
+
+
+def _ui_command(storage: str | None, tracking_uri: str | None) -> str:
+    options = [("--storage", storage), ("--tracking-uri", tracking_uri)]
+    beside = Path(sys.argv[0])
+    command = str(beside) if beside.name == "ddpm" else "ddpm"
+    return " ".join([command, "ui", *(f"{name} {value}" for name, value in options if value)])
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"ddpm: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,141 @@
+"""How a verb's progress looks: a live view on a terminal, plain lines in a log. Always on stderr."""
+
+import sys
+import time
+import warnings
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipelines.progress import Progress as Listener
+from pipelines.progress import plain
+
+_LOG_SECONDS = 10.0
+
+
+def listener() -> "LiveView | LogLines":
+    """The view that suits stderr."""
+    return LiveView() if sys.stderr.isatty() else LogLines()
+
+
+class _View(Listener):
+    """Warnings become lines of the view while it is open."""
+
+    def __enter__(self) -> Self:
+        self._catcher = warnings.catch_warnings()
+        self._catcher.__enter__()
+        warnings.showwarning = self._warn
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._catcher.__exit__(kind, error, trace)
+
+    def _warn(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        # Ours and the user's concern; a library's notes to its own developers are not.
+        if issubclass(category, UserWarning):
+            self.say(f"warning: {message}")
+
+
+class LiveView(_View):
+    """One line for each finished step, a bar with rate and time left for the one in hand."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description:<9}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left[/dim]"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+        )
+        self._task: Any = None
+        self._began = (0.0, 0)
+        self._started = 0.0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.stop()
+        super().__exit__(*error)
+
+    def start(self, step: str, doing: str = "") -> None:
+        self._drop()
+        self._task = self._bar.add_task(step, total=None, figures=f"[dim]{doing}[/dim]")
+        self._began, self._started = (0.0, 0), time.monotonic()
+
+    def advance(self, done: int, total: int, unit: str, rate: float | None = None, **figures: float) -> None:
+        if self._task is None:
+            self.start("")
+        if self._began[0] == 0.0:
+            self._began = (time.monotonic(), done)
+        seconds = time.monotonic() - self._began[0]
+        rate = rate or ((done - self._began[1]) / seconds if seconds > 0.2 else None)
+        parts = [f"{done:,}/{total:,} {unit}"]
+        if rate:
+            parts.append(f"{rate:,.0f} {unit}/s")
+        parts += [f"{name} {plain(value)}" for name, value in figures.items()]
+        self._bar.update(self._task, completed=done, total=total, figures="  ".join(parts))
+
+    def finish(self, step: str, outcome: str, skipped: bool = False) -> None:
+        mark = "[dim]=[/dim]" if skipped else "[green]✓[/green]"
+        note = " [dim](done before)[/dim]" if skipped else f" [dim]{time.monotonic() - self._started:.1f} s[/dim]"
+        self._console.print(f"{mark} [bold]{step:<9}[/bold] {outcome}{note}")
+        self._drop()
+
+    def say(self, text: str) -> None:
+        self._console.print(f"  {text}", markup=False)
+
+    def _drop(self) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
+
+class LogLines(_View):
+    """A line when a step begins and ends, and one every ten seconds between."""
+
+    def __init__(self) -> None:
+        self._step, self._said, self._began, self._started = "", 0.0, (0.0, 0), 0.0
+
+    def start(self, step: str, doing: str = "") -> None:
+        self._step, self._began, self._started = step, (0.0, 0), time.monotonic()
+        self._said = time.monotonic()
+        self.say(f"{step}: {doing or 'begins'}")
+
+    def advance(self, done: int, total: int, unit: str, rate: float | None = None, **figures: float) -> None:
+        now = time.monotonic()
+        if self._began[0] == 0.0:
+            self._began = (now, done)
+        if now - self._said < _LOG_SECONDS:
+            return
+        self._said = now
+        rate = rate or (done - self._began[1]) / max(now - self._began[0], 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
+        more = "".join(f", {name} {plain(value)}" for name, value in figures.items())
+        self.say(f"{self._step}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s{left}{more}")
+
+    def finish(self, step: str, outcome: str, skipped: bool = False) -> None:
+        note = "done before" if skipped else f"{time.monotonic() - self._started:.1f} s"
+        self.say(f"{step}: {outcome} ({note})")
+
+    def say(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""The verbs: ingest, train, sweep, sample, evaluate, register, promote."""

@@ -1,0 +1,130 @@
+"""The Ray cluster that a verb runs on: started for it on this host, or joined.
+
+A local one listens on loopback only, keeps its files in a short temporary folder of its own (a socket's path may not
+exceed 107 characters, however deep the checkout lies) and takes a random token from the environment, so that no
+token file is written and no other user of the host can submit work to it. Leaving the block removes all of it.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+
+_PREFIX = "ddpm-"
+_OBJECT_STORE_BYTES = 256 * 2**20
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # The controller looks at its workers this often; it bounds start and end of every run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+class Cluster:
+    """Ray, started or joined at the first use, so that a verb with nothing to do starts nothing."""
+
+    def __init__(self, address: str | None) -> None:
+        self._address = address
+        self._stack = contextlib.ExitStack()
+        self._connected = False
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def connect(self) -> Any:
+        """The `ray` module, connected."""
+        if not self._connected:
+            self._stack.enter_context(_session(self._address))
+            self._connected = True
+        import ray
+
+        return ray
+
+    def cpus(self) -> int:
+        """CPUs of the whole cluster."""
+        return int(self.connect().cluster_resources().get("CPU", 0))
+
+
+@contextlib.contextmanager
+def _session(address: str | None) -> Iterator[None]:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if address is None:
+        with _local():
+            yield
+    else:
+        with _joined(address):
+            yield
+
+
+@contextlib.contextmanager
+def _joined(address: str) -> Iterator[None]:
+    import ray
+
+    try:
+        ray.init(address=address, **_QUIET)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(f"ray.address: cannot join {address}: {str(error).splitlines()[0]}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _local() -> Iterator[None]:
+    # Ray reads these once, when it is imported, and keeps them as long as the process lives.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_urlsafe(32))
+    # A variable of the surroundings must not turn "start a cluster here" into "join that one".
+    os.environ.pop("RAY_ADDRESS", None)
+    import ray
+
+    if ray.is_initialized():  # by whoever called us as a library: theirs to end
+        yield
+        return
+    _remove_folders_of_the_dead()
+    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_short_temporary_root())
+    try:
+        ray.init(
+            num_cpus=len(os.sched_getaffinity(0)),
+            # Tune asks the dashboard's State API which trials are alive; without it, placement groups leak.
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=folder,
+            _node_ip_address="127.0.0.1",
+            **_QUIET,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short_temporary_root() -> str:
+    """The system's temporary folder, where its path is short enough for Ray's sockets; else /tmp."""
+    root = tempfile.gettempdir()
+    return root if len(root) <= 24 else "/tmp"
+
+
+def _remove_folders_of_the_dead() -> None:
+    """Remove the folders that killed processes of ours left behind; their names say whose they were."""
+    for folder in Path(_short_temporary_root()).glob(f"{_PREFIX}[0-9]*-*"):
+        pid = folder.name.removeprefix(_PREFIX).split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and folder.stat().st_uid == os.getuid():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,241 @@
+"""What a dataset is on disk, and how to open one.
+
+    ingest.json           what is being ingested here. Written first: without it a folder's shards are not ours
+    dataset.json          the card: digest, counts, classes, size, mean/std, source. Written last: it is the commit
+    shards.parquet        the table of shards, one row each: name, split, samples, bytes, sha256, index_sha256
+    train-000000.tar      WebDataset shards: KEY.png + KEY.json a sample
+    train-000000.parquet  that shard's index, one row a sample: key, member, offset, size, sha256, content, label
+    sheet.png             a contact sheet
+
+Opening a dataset reads the first two alone.
+"""
+
+import hashlib
+import io
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines.data.order import Order
+from pipelines.errors import UserError
+from pipelines.store import DamageError, Place, sha256
+
+FORMAT = 1
+CARD = "dataset.json"
+BEGUN = "ingest.json"
+SHARDS = "shards.parquet"
+SHEET = "sheet.png"
+SPLITS = ("train", "held-out")
+
+Digest = bytes
+"""A raw sha256, 32 bytes."""
+
+_CARD_FIELDS = ("digest", "image_size", "channels", "classes", "splits", "mean", "std", "shards_sha256")
+SHARD_COLUMNS = {
+    "name": pa.string(),
+    "split": pa.string(),
+    "samples": pa.int64(),
+    "bytes": pa.int64(),
+    "sha256": pa.binary(32),
+    "index_sha256": pa.binary(32),
+}
+INDEX_COLUMNS = {
+    "key": pa.string(),
+    "member": pa.string(),
+    "offset": pa.int64(),
+    "size": pa.int64(),
+    "sha256": pa.binary(32),
+    "content": pa.binary(32),
+    "label": pa.int64(),
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard's row in the table."""
+
+    name: str
+    """File name of the tar."""
+    samples: int
+    bytes: int
+    sha256: Digest
+    index_sha256: Digest
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, in order."""
+
+    place: Place
+    name: str
+    digest: str
+    """The dataset's digest."""
+    image_size: int
+    channels: int
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return sum(self.shard_sizes)
+
+    @cached_property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return tuple(self.table["samples"].to_pylist())
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        return tuple(self.shard(i) for i in range(len(self.table)))
+
+    def shard(self, index: int) -> Shard:
+        """One row of the table of shards."""
+        row = self.table.slice(index, 1).to_pylist()[0]
+        del row["split"]
+        return Shard(**row)
+
+    def order(self, window: int, seed: int) -> Order:
+        """The order in which training reads this split."""
+        return Order(self.shard_sizes, window, seed, self.digest)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An ingested dataset. `card` is dataset.json as it is."""
+
+    place: Place
+    card: Mapping[str, Any]
+    table: pa.Table
+
+    @staticmethod
+    def open(place: Place) -> "Dataset":
+        """Open the dataset in a folder, reading its card and its table of shards.
+
+        UserError where there is none, or one of an unknown format; DamageError, naming the file, where one of the
+        two is not what was written.
+        """
+        file = place / CARD
+        try:
+            card = file.read_json()
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{place}: no finished dataset here ({CARD} is missing); ingest it again") from None
+        except ValueError as error:
+            raise DamageError(f"{file} is not JSON: {error}") from None
+        found = card.get("format") if isinstance(card, dict) else None
+        if found != FORMAT:
+            raise UserError(
+                f"{file}: dataset format {found} is not known here, only {FORMAT}; use the version that wrote it"
+            )
+        if absent := [name for name in _CARD_FIELDS if name not in card]:
+            raise DamageError(f"{file} lacks {', '.join(absent)}")
+        data = _read(place / SHARDS)
+        if sha256(data) != card["shards_sha256"]:
+            raise DamageError(f"{place / SHARDS} does not match the sha256 in {CARD}")
+        table = read_table(data, SHARD_COLUMNS, place / SHARDS)
+        for name in table["name"].to_pylist():
+            # The name is joined to a folder: it must not lead out of it.
+            if "/" in name or "\\" in name or name.startswith("."):
+                raise DamageError(f"{place / SHARDS} names a shard outside its folder: {name!r}")
+        return Dataset(place, card, table)
+
+    @property
+    def digest(self) -> str:
+        """See `dataset_digest`."""
+        return str(self.card["digest"])
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, pixels."""
+        return int(self.card["image_size"])
+
+    @property
+    def channels(self) -> int:
+        return int(self.card["channels"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Name of each label; empty where there are none."""
+        return tuple(self.card["classes"])
+
+    def split(self, name: str) -> Split:
+        """`train` or `held-out`."""
+        if name not in SPLITS:
+            raise KeyError(f"there is no split {name!r}, only {', '.join(SPLITS)}")
+        mask = pyarrow.compute.equal(self.table["split"], name)
+        table = self.table.filter(mask)
+        return Split(self.place, name, self.digest, self.image_size, self.channels, table)
+
+
+def content_hash(pixels: NDArray[np.uint8]) -> bytes:
+    """sha256 of decoded pixels [H, W, C]: H, W, C as little-endian uint32, then the pixels, row by row."""
+    height, width, channels = pixels.shape
+    return hashlib.sha256(struct.pack("<III", height, width, channels) + pixels.tobytes()).digest()
+
+
+def dataset_digest(shard_sizes: Mapping[str, Sequence[int]], samples: Iterable[tuple[bytes, int]]) -> str:
+    """Hex sha256 that names a dataset: the shard sizes in order and, sample by sample, decoded pixels and label.
+
+    The bytes, integers little-endian: `ddpm-dataset-1` and a newline; for each split in the order of SPLITS its
+    name, a newline, the number of its shards (uint64) and the samples of each (uint64); then for each sample, in
+    the order of splits, shards and rows, its `content_hash` (32 bytes, which stand for the pixels, so that shards
+    can be hashed apart) and its label (int64, -1 for none). Nothing of it depends on PNG or tar bytes.
+    """
+    digest = hashlib.sha256(b"ddpm-dataset-1\n")
+    for split in SPLITS:
+        sizes = shard_sizes[split]
+        digest.update(f"{split}\n".encode() + struct.pack(f"<Q{len(sizes)}Q", len(sizes), *sizes))
+    for content, label in samples:
+        digest.update(content + struct.pack("<q", label))
+    return digest.hexdigest()
+
+
+def index_name(shard: str) -> str:
+    """File name of a shard's index."""
+    return shard.removesuffix(".tar") + ".parquet"
+
+
+def write_table(columns: Mapping[str, pa.DataType], rows: Mapping[str, Sequence[Any]]) -> bytes:
+    """A Parquet file whose bytes depend on the rows alone; its schema carries the format version."""
+    schema = pa.schema(list(columns.items()), metadata={"ddpm.format": str(FORMAT)})
+    file = io.BytesIO()
+    pq.write_table(pa.table(dict(rows), schema=schema), file, compression="zstd", use_dictionary=False)
+    return file.getvalue()
+
+
+def read_table(data: bytes, columns: Mapping[str, pa.DataType], file: Place) -> pa.Table:
+    """The inverse of `write_table`. DamageError names a file that is not such a table."""
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise DamageError(f"{file} is not a Parquet file: {error}") from None
+    found = (table.schema.metadata or {}).get(b"ddpm.format", b"none").decode()
+    if found != str(FORMAT):
+        raise UserError(f"{file}: format {found} is not known here, only {FORMAT}; use the version that wrote it")
+    if table.schema.remove_metadata() != pa.schema(list(columns.items())):
+        raise DamageError(f"{file} does not have the columns {', '.join(columns)}")
+    return table
+
+
+def _read(file: Place) -> bytes:
+    try:
+        return file.read()
+    except FileNotFoundError:
+        raise DamageError(f"{file} is missing") from None
+
+
+def read_index(split: Split, shard: Shard) -> pa.Table:
+    """A shard's index, checked against the table of shards. DamageError names it where it differs."""
+    file = split.place / index_name(shard.name)
+    data = _read(file)
+    if hashlib.sha256(data).digest() != shard.index_sha256:
+        raise DamageError(f"{file} does not match the sha256 in {SHARDS}")
+    table = read_table(data, INDEX_COLUMNS, file)
+    if len(table) != shard.samples:
+        raise DamageError(f"{file} has {len(table)} samples, {SHARDS} says {shard.samples}")
+    return table

@@ -1,0 +1,108 @@
+"""What MODEL means on the command line, and how its weights are loaded: safetensors and JSON, never unpickled.
+
+A model is the moving average of a checkpoint's weights with the spec that they belong to, wherever it comes from: a
+run's name, a checkpoint's folder, `name@champion` or `name@VERSION` of the registry.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ddpm_core import GaussianDiffusion, UNet
+from pipelines.build import build_model, build_process
+from pipelines.errors import UserError
+from pipelines.spec import Spec, apply_overrides, parse_spec
+from pipelines.store import DamageError, Place, sha256
+from pipelines.tracking import Tracker
+from pipelines.train.checkpoint import EMA
+from pipelines.train.run import Run, find_run
+
+CONFIG = "config.json"
+WEIGHTS = "ema.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights as bytes with what they mean; cheap to send to a worker."""
+
+    spec: Spec
+    weights: bytes
+    """A safetensors file."""
+    dataset_digest: str
+    origin: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the weights' file: the model's name wherever it goes."""
+        return sha256(self.weights)
+
+    def build(self) -> tuple[GaussianDiffusion, UNet]:
+        """The process and the network, in evaluation mode."""
+        unet = build_model(self.spec)
+        unet.load_state_dict(safetensors.torch.load(self.weights), strict=True)
+        return build_process(self.spec.diffusion), unet.eval().requires_grad_(False)
+
+    def config(self) -> dict[str, Any]:
+        """What is stored beside the weights."""
+        return {
+            "format": FORMAT,
+            "spec": self.spec.model_dump(mode="json"),
+            "dataset_digest": self.dataset_digest,
+            "model_digest": self.digest,
+            "origin": self.origin,
+            "torch": torch.__version__,
+        }
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any], weights: bytes, where: str) -> "Model":
+        """The model of a stored config and weights. DamageError where they do not belong together."""
+        if config.get("format") != FORMAT:
+            raise UserError(f"{where}: model format {config.get('format')}, this version reads {FORMAT}")
+        model = Model(parse_spec(config["spec"], where), weights, config["dataset_digest"], config["origin"])
+        if model.digest != config["model_digest"]:
+            raise DamageError(f"{where}: the weights do not match the recorded sha256 {config['model_digest']}")
+        return model
+
+
+def of_checkpoint(run: Run, step: int) -> Model:
+    """The moving average of a run's checkpoint."""
+    description = run.description()
+    weights = run.checkpoints.at(step).read_folder(EMA)[EMA]
+    spec = parse_spec(description["spec"], str(run.place))
+    return Model(spec, weights, description["dataset_digest"], f"{run.name}/{step}")
+
+
+def find_model(text: str, store: Place, tracker: Tracker) -> Model:
+    """The MODEL of the command line. UserError where there is none."""
+    if "@" in text and not Path(text).exists():
+        from pipelines.registry.register import download
+
+        name, _, version = text.partition("@")
+        return download(name, version, tracker.existing())
+    if (Path(text) / EMA).exists():
+        folder = Place.of(text)
+        return of_checkpoint(Run(Place(folder.path.parent.parent)), int(folder.name))
+    run = find_run(text, store)
+    return of_checkpoint(run, run.last_step())
+
+
+def with_overrides(model: Model, overrides: Sequence[str]) -> Model:
+    """The model with fields of its recorded spec set anew: how it is sampled and evaluated, not what it is."""
+    if not overrides:
+        return model
+    for override in overrides:
+        if override.split(".")[0] not in ("sample", "evaluate", "promote"):
+            raise UserError(f"--set {override}: of a model, only sample, evaluate and promote can be set")
+    fields = apply_overrides(model.spec.model_dump(mode="json"), overrides)
+    return replace(model, spec=parse_spec(fields, model.origin))
+
+
+def dump_config(model: Model) -> bytes:
+    """`config.json` of a model."""
+    return (json.dumps(model.config(), indent=2, sort_keys=True) + "\n").encode()

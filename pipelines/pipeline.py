@@ -1,0 +1,239 @@
+"""The main job: ingest -> train -> evaluate -> sample -> register -> promote, each a content-addressed step."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipelines.data.ingest import ingest
+from pipelines.data.manifest import CARD, Dataset
+from pipelines.data.sources import open_source
+from pipelines.errors import UserError
+from pipelines.models import Model, of_checkpoint
+from pipelines.session import Session
+from pipelines.spec import Spec
+from pipelines.steps import Done, Step, Steps
+from pipelines.store import MANIFEST, Place, identity
+from pipelines.train.run import Run
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the main job ended with."""
+
+    run: str
+    folder: str
+    grid: str
+    scores: list[dict[str, Any]]
+    samples: dict[str, Any]
+    name: str
+    version: int
+    decision: dict[str, Any]
+    steps_done: list[str]
+    steps_skipped: list[str]
+
+
+def run(spec: Spec, session: Session) -> Result:
+    """Bring a spec to a promoted model; what is done already is skipped. Refused where a gate says no."""
+    steps = Steps(session.store / "steps", session.progress)
+    ingested = steps.run(ingest_step(spec, session))
+    dataset = Dataset.open(session.store / ingested.outputs["dataset"])
+    trained = steps.run(train_step(spec, dataset, session))
+    training = Run(session.store / "runs" / trained.outputs["run"])
+    model = of_checkpoint(training, trained.outputs["step"])
+    evaluated = steps.run(evaluate_step(spec, dataset, model, session))
+    sampled = steps.run(sample_step(spec, dataset, model, training, session))
+    registered = steps.run(register_step(spec, dataset, model, training, evaluated, sampled, session))
+    promoted = steps.run(promote_step(spec, registered.outputs["version"], session))
+    every = {
+        "ingest": ingested,
+        "train": trained,
+        "evaluate": evaluated,
+        "sample": sampled,
+        "register": registered,
+        "promote": promoted,
+    }
+    return Result(
+        run=training.name,
+        folder=str(training.place),
+        grid=str(training.place / "grid.png"),
+        scores=evaluated.outputs["scores"],
+        samples={**sampled.outputs, "out": str(session.store / sampled.outputs["out"])},
+        name=spec.name,
+        version=registered.outputs["version"],
+        decision=promoted.outputs["decision"],
+        steps_done=[name for name, step in every.items() if not step.skipped],
+        steps_skipped=[name for name, step in every.items() if step.skipped],
+    )
+
+
+def run_training(spec: Spec, session: Session) -> dict[str, Any]:
+    """Ingest and train, or find both done; where the trained checkpoint is and what is in it."""
+    steps = Steps(session.store / "steps", session.progress)
+    dataset = Dataset.open(session.store / steps.run(ingest_step(spec, session)).outputs["dataset"])
+    return steps.run(train_step(spec, dataset, session)).outputs
+
+
+def register_finished(training: Run, session: Session) -> dict[str, Any]:
+    """Evaluate, sample and register a run that has ended, by the spec recorded with it."""
+    spec = training.spec()
+    steps = Steps(session.store / "steps", session.progress)
+    dataset = Dataset.open(session.store / steps.run(ingest_step(spec, session)).outputs["dataset"])
+    if dataset.digest != training.description()["dataset_digest"]:
+        raise UserError(f"run {training.name}: its data source has changed since, so it cannot be evaluated as it was")
+    model = of_checkpoint(training, training.last_step())
+    evaluated = steps.run(evaluate_step(spec, dataset, model, session))
+    sampled = steps.run(sample_step(spec, dataset, model, training, session))
+    return steps.run(register_step(spec, dataset, model, training, evaluated, sampled, session)).outputs
+
+
+def ingest_step(spec: Spec, session: Session) -> Step:
+    """Images become shards."""
+    source = open_source(spec.data.source)
+    recipe = {name: getattr(spec.data, name) for name in ("image_size", "channels", "held_out", "shard_images")}
+    inputs = {"kind": source.kind, "fingerprint": source.fingerprint(), **recipe}
+    folder = f"datasets/{spec.name}-{identity(inputs)[:12]}"
+
+    def work() -> dict[str, Any]:
+        def report(done: int, total: int) -> None:
+            session.progress.advance(done // 2, total // 2, "images")
+
+        dataset = ingest(source, session.store / folder, progress=report, **recipe)
+        counts = {split: len(dataset.split(split)) for split in ("train", "held-out")}
+        summary = f"{counts['train']:,} images to train on, {counts['held-out']:,} held out"
+        return {"dataset": folder, "digest": dataset.digest, **counts, "summary": summary}
+
+    return Step(
+        name="ingest",
+        inputs=inputs,
+        work=work,
+        needs=lambda outputs: (session.store / outputs["dataset"] / CARD).exists(),
+        doing=f"{spec.data.source} into WebDataset shards",
+    )
+
+
+def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
+    """The U-Net learns."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.train.driver import train
+
+        done = train(spec, dataset, session.store, session.cluster, session.tracker, session.progress)
+        images = done.step * spec.train.global_batch
+        return {**asdict(done), "summary": f"{images:,} images in {done.step:,} steps, run {done.run}"}
+
+    return Step(
+        name="train",
+        inputs={
+            **spec.training_fields(),
+            "dataset": dataset.digest,
+            "steps": spec.train.total_steps,
+            "name": spec.name,
+        },
+        work=work,
+        needs=lambda outputs: (Place.of(outputs["checkpoint"]) / MANIFEST).exists(),
+        doing=f"{spec.train.workers} workers start",
+    )
+
+
+def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) -> Step:
+    """The model meets images that it has not seen."""
+    from pipelines.evaluate.job import evaluate
+
+    def work() -> dict[str, Any]:
+        evaluation = evaluate(model, dataset, spec, session)
+        return {**evaluation.to_json(), "summary": evaluation.summary()}
+
+    return Step(
+        name="evaluate",
+        inputs={
+            "model": model.digest,
+            "dataset": dataset.digest,
+            "evaluate": spec.evaluate.model_dump(mode="json"),
+            "sampling": _sampling(spec),
+            "seed": spec.seed,
+        },
+        work=work,
+        doing="feature network, samples, bits/dim",
+    )
+
+
+def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, session: Session) -> Step:
+    """Images in bulk, and the pictures of the run."""
+    from pipelines.pictures import PICTURES, draw_pictures
+    from pipelines.sample import sample_spec
+
+    def work() -> dict[str, Any]:
+        samples = sample_spec(model, spec, spec.sample.n, session)
+        draw_pictures(spec, dataset, model, training, samples)
+        out = Place.of(samples.out).path.relative_to(session.store.path).as_posix()
+        summary = f"{samples.n:,} images, grid at {training.place / 'grid.png'}"
+        return {"out": out, "n": samples.n, "sha256": samples.sha256, "summary": summary}
+
+    def needs(outputs: Mapping[str, Any]) -> bool:
+        there = (session.store / outputs["out"] / "manifest.json").exists()
+        return there and all((training.place / name).exists() for name in PICTURES)
+
+    return Step(
+        name="sample",
+        inputs={"model": model.digest, "sampling": _sampling(spec), "n": spec.sample.n, "run": training.name},
+        work=work,
+        needs=needs,
+        doing=f"{spec.sample.n:,} images, {spec.sample.steps} steps of {spec.sample.sampler}",
+    )
+
+
+def register_step(
+    spec: Spec, dataset: Dataset, model: Model, training: Run, evaluated: Done, sampled: Done, session: Session
+) -> Step:
+    """The model enters the registry, with its evidence."""
+    scores, tracker = evaluated.outputs, session.tracker
+
+    def work() -> dict[str, Any]:
+        from pipelines.registry.evidence import register_run
+
+        version, run_id = register_run(spec, dataset, model, training, scores, tracker)
+        return {"version": version, "run_id": run_id, "summary": f"{spec.name} version {version}"}
+
+    return Step(
+        name="register",
+        inputs={
+            "model": model.digest,
+            "name": spec.name,
+            "scores": scores["scores"],
+            "samples": sampled.outputs["sha256"],
+            "tracking": session.tracking_uri,
+        },
+        work=work,
+        needs=lambda outputs: session.tracker.still_there(),
+        doing=f"as {spec.name}",
+    )
+
+
+def promote_step(spec: Spec, version: int, session: Session) -> Step:
+    """The gates decide."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.registry.promote import promote
+
+        decision = promote(spec.name, str(version), spec.promote, session.tracking_uri, session.store)
+        return {"decision": decision, "summary": f"{spec.name} version {version} is champion"}
+
+    return Step(
+        name="promote",
+        inputs={
+            "name": spec.name,
+            "version": version,
+            "gates": spec.promote.model_dump(mode="json"),
+            "tracking": session.tracking_uri,
+        },
+        work=work,
+        needs=lambda outputs: session.tracker.still_there(),
+        doing="through the gates",
+    )
+
+
+def _sampling(spec: Spec) -> dict[str, Any]:
+    """The fields of sampling that decide an image."""
+    sampling = spec.sample.model_dump(mode="json")
+    del sampling["n"], sampling["workers"]
+    return sampling

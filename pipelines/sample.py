@@ -1,0 +1,211 @@
+"""Bulk sampling: fixed chunks over a pool of Ray actors, each committed by itself.
+
+Image i of a job is a function of (weights, sampler settings, seed, i). A chunk is always computed whole and then cut,
+so that its bytes do not depend on how many images were asked for, on the pool, or on which actor made it. A rerun makes
+the missing chunks only; a larger n extends; a job of another identity in the same place is refused.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ddpm_core import noise
+from pipelines.cluster import Cluster
+from pipelines.data.shards import encode_png, pack, unpack
+from pipelines.errors import UserError
+from pipelines.models import Model
+from pipelines.progress import Progress
+from pipelines.session import Session
+from pipelines.spec import Spec
+from pipelines.store import DamageError, Place, identity, sha256
+
+FORMAT = 1
+_JOB, _MANIFEST, _LOCK = "job.json", "manifest.json", ".lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How images are drawn; with the model and the seed, the identity of a job."""
+
+    sampler: str
+    steps: int
+    eta: float
+    seed: int
+    chunk: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A finished job."""
+
+    out: str
+    n: int
+    sha256: str
+    """Over the raw uint8 HWC pixels, in index order."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Chunks of one identity in one place."""
+
+    place: Place
+    settings: Settings
+    model_digest: str
+
+    def record(self) -> dict[str, Any]:
+        return {"format": FORMAT, "model_digest": self.model_digest, **asdict(self.settings)}
+
+    def claim(self) -> None:
+        """Take the place for this job. UserError where another job's images lie there."""
+        record = self.record()
+        if (self.place / _JOB).exists():
+            there = (self.place / _JOB).read_json()
+            differing = sorted(k for k in record if there.get(k) != record[k])
+            if differing:
+                raise UserError(
+                    f"--out {self.place}: holds another sampling job, which differs in {', '.join(differing)}; "
+                    "name another folder"
+                )
+            return
+        if set(self.place.list()) - {_LOCK}:
+            raise UserError(f"--out {self.place}: is not empty and holds no sampling job; name another folder")
+        (self.place / _JOB).write_json(record)
+
+    def shard(self, chunk: int) -> Place:
+        return self.place / f"samples-{chunk:06d}.tar"
+
+    def commit_record(self, chunk: int) -> Place:
+        return self.place / "chunks" / f"{chunk:06d}.json"
+
+    def committed(self, chunk: int) -> int:
+        """Images of a chunk that are committed; 0 where it is missing or its shard is not what was committed."""
+        try:
+            record = self.commit_record(chunk).read_json()
+        except FileNotFoundError:
+            return 0
+        if record["format"] != FORMAT or record["job"] != identity(self.record()):
+            return 0
+        shard = self.shard(chunk)
+        return record["count"] if shard.exists() and shard.path.stat().st_size == record["bytes"] else 0
+
+    def read(self, n: int) -> Iterator[np.ndarray]:
+        """The first n images in index order, chunk by chunk, uint8 [<=chunk, H, W, C], each shard verified."""
+        for chunk in range(-(-n // self.settings.chunk)):
+            data = self.shard(chunk).read()
+            if sha256(data) != self.commit_record(chunk).read_json()["sha256"]:
+                raise DamageError(f"{self.shard(chunk)} does not match its commit record")
+            yield unpack(data)[: n - chunk * self.settings.chunk]
+
+
+class _Artist:
+    """An actor: holds the network, makes chunks."""
+
+    def __init__(self, model: Model, job: Job) -> None:
+        import torch
+
+        torch.set_num_threads(job.settings.threads)
+        self._process, self._unet = model.build()
+        data = model.spec.data
+        self._shape = (data.channels, data.image_size, data.image_size)
+        self._job = job
+
+    def make(self, chunk: int, count: int) -> int:
+        """Make and commit the first `count` images of a chunk: the shard, then its record."""
+        from ddpm_core import sample
+        from pipelines.data.pixels import to_pixels
+
+        job, settings = self._job, self._job.settings
+        indices = range(chunk * settings.chunk, (chunk + 1) * settings.chunk)
+        images = to_pixels(
+            sample(
+                self._process,
+                self._unet,
+                shape=self._shape,
+                seeds=[noise.key(settings.seed, "image", i) for i in indices],
+                sampler=settings.sampler,
+                steps=settings.steps,
+                eta=settings.eta,
+            )
+        )[:count]
+        indices = indices[:count]
+        notes = [{"seed": settings.seed, "index": i} for i in indices]
+        data = pack([f"{i:09d}" for i in indices], [encode_png(image) for image in images], notes)
+        job.shard(chunk).write(data)
+        record = {
+            "format": FORMAT,
+            "job": identity(job.record()),
+            "model_digest": job.model_digest,
+            "count": count,
+            "bytes": len(data),
+            "sha256": sha256(data),
+        }
+        job.commit_record(chunk).write_json(record)
+        return count
+
+
+def sample_job(
+    model: Model, settings: Settings, n: int, out: Place, cluster: Cluster, workers: int, progress: Progress
+) -> Samples:
+    """Make images 0..n-1 of a job in `out`; those that are there already are kept."""
+    job = Job(out, settings, model.digest)
+    with (out / _LOCK).lock(f"sampling into {out}"):
+        job.claim()
+        missing = _missing(job, n)
+        done = n - sum(count for _, count in missing)
+        progress.advance(done, n, "images")
+        if missing:
+            for count in _make(model, job, missing, cluster, workers):
+                done += count
+                progress.advance(done, n, "images")
+        digest = hashlib.sha256()
+        for images in job.read(n):
+            digest.update(images.tobytes())
+        samples = Samples(str(out), n, digest.hexdigest())
+        (out / _MANIFEST).write_json({**job.record(), "n": n, "sha256": samples.sha256})
+    return samples
+
+
+def sample_spec(model: Model, spec: Spec, n: int, session: Session) -> Samples:
+    """The first n images of the job that a spec describes, in the store's place for it."""
+    fields = spec.sample.model_dump(exclude={"n", "workers"})
+    settings = Settings(**fields)
+    name = f"{spec.name}-{identity([model.digest, fields])[:12]}"
+    out = session.store / "samples" / name
+    return sample_job(model, settings, n, out, session.cluster, spec.sample.workers, session.progress)
+
+
+def _missing(job: Job, n: int) -> list[tuple[int, int]]:
+    """(chunk, images wanted of it) of every chunk that is not committed that far."""
+    size = job.settings.chunk
+    wanted = ((chunk, min(size, n - chunk * size)) for chunk in range(-(-n // size)))
+    return [(chunk, count) for chunk, count in wanted if job.committed(chunk) < count]
+
+
+def _make(model: Model, job: Job, missing: list[tuple[int, int]], cluster: Cluster, workers: int) -> Iterator[int]:
+    """Make chunks on a pool of actors; yields the images of each one as it is committed."""
+    ray = cluster.connect()
+    actors = min(workers, len(missing), max(1, cluster.cpus() // job.settings.threads))
+    # An actor that dies is started anew and its chunk made again; a commit is whole or not there.
+    artist = ray.remote(num_cpus=job.settings.threads, max_restarts=-1, max_task_retries=-1)(_Artist)
+    shared = ray.put(model)
+    pool = [artist.remote(shared, job) for _ in range(actors)]
+    try:
+        waiting = list(reversed(missing))
+        running = {}
+        for actor in pool:
+            chunk, count = waiting.pop()
+            running[actor.make.remote(chunk, count)] = actor
+        while running:
+            finished, _ = ray.wait(list(running), num_returns=1)
+            actor = running.pop(finished[0])
+            if waiting:
+                chunk, count = waiting.pop()
+                running[actor.make.remote(chunk, count)] = actor
+            yield ray.get(finished[0])
+    finally:
+        for actor in pool:
+            ray.kill(actor)

@@ -1,0 +1,235 @@
+"""Places where files live, and the one way to write them: whole or not at all.
+
+A `Place` is a folder: everything in the store is read and written through it, as bytes, so that no other module
+knows what kind of storage is below. Local commit: write to a temporary name, fsync, rename, fsync the parent.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+
+from pipelines.errors import UserError
+
+MANIFEST = "MANIFEST.json"
+MANIFEST_FORMAT = 1
+_TEMPORARY = ".tmp-"
+
+
+class DamageError(ValueError):
+    """Stored bytes are not what their record says; the message names the file."""
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces. What every digest of a structure is taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256(data: bytes | memoryview | str) -> str:
+    """Hex sha256 of bytes, or of a text's UTF-8."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def identity(value: Any) -> str:
+    """Hex sha256 of a structure in canonical JSON."""
+    return sha256(canonical_json(value))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of the store. `Place.of(uri) / "runs" / "digits-..."`."""
+
+    path: Path
+
+    @staticmethod
+    def of(uri: str | os.PathLike[str]) -> "Place":
+        text = os.fspath(uri)
+        if "://" in text:
+            scheme, rest = text.split("://", 1)
+            if scheme != "file":
+                raise UserError(f"storage {text}: only local folders are supported, give a path")
+            text = rest
+        return Place(Path(text).expanduser().absolute())
+
+    def __truediv__(self, name: str) -> "Place":
+        return Place(self.path / name)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def list(self) -> list[str]:
+        """Names of the finished entries of this folder, sorted; none where there is no folder."""
+        try:
+            return sorted(n for n in os.listdir(self.path) if not n.startswith(_TEMPORARY))
+        except FileNotFoundError:
+            return []
+
+    def read(self) -> bytes:
+        return self.path.read_bytes()
+
+    def read_json(self) -> Any:
+        return json.loads(self.read())
+
+    def write(self, data: bytes) -> None:
+        """Commit one file: after this returns it is whole and durable, and a kill before leaves the old one."""
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            _write_durably(temporary, data)
+            os.replace(temporary, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync_folder(folder)
+
+    def write_json(self, value: Any) -> None:
+        self.write((json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+    def claim(self, data: bytes) -> bool:
+        """Create this file if it does not exist; False where somebody else was first."""
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            _write_durably(temporary, data)
+            os.link(temporary, self.path)
+        except FileExistsError:
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        _sync_folder(folder)
+        return True
+
+    def commit_folder(self, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """Commit a folder of files with a manifest (sha256 of each); the folder appears whole or not at all.
+
+        A folder that is there already under this name is replaced. Returns the manifest.
+        """
+        manifest = {"format": MANIFEST_FORMAT, "files": {n: sha256(d) for n, d in sorted(files.items())}}
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        temporary.mkdir()
+        try:
+            for name, data in files.items():
+                _write_durably(temporary / name, data)
+            _write_durably(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+            _sync_folder(temporary)
+            if self.path.exists():
+                self.remove()
+            os.rename(temporary, self.path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(folder)
+        return manifest
+
+    def read_folder(self, *names: str) -> dict[str, bytes]:
+        """Read files of a committed folder (all of them if none is named), each checked against the manifest.
+
+        Raises DamageError, naming the file, where one is missing or differs.
+        """
+        try:
+            manifest = (self / MANIFEST).read_json()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DamageError(f"{self / MANIFEST} is missing") from None
+        except ValueError as error:
+            raise DamageError(f"{self / MANIFEST} is not JSON: {error}") from None
+        if manifest.get("format") != MANIFEST_FORMAT:
+            raise DamageError(f"{self / MANIFEST} has format {manifest.get('format')}, not {MANIFEST_FORMAT}")
+        files = {}
+        for name in names or manifest["files"]:
+            try:
+                data = (self / name).read()
+            except FileNotFoundError:
+                raise DamageError(f"{self / name} is missing") from None
+            if sha256(data) != manifest["files"].get(name):
+                raise DamageError(f"{self / name} does not match the sha256 in its manifest")
+            files[name] = data
+        return files
+
+    def remove(self) -> None:
+        """Delete this folder: renamed out of sight first, so that no reader finds half of it."""
+        temporary = self.path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, temporary)
+            shutil.rmtree(temporary)
+
+    def sweep_temporaries(self) -> None:
+        """Remove what killed writers left half-written in this folder. Only for the holder of its lock."""
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(self.path):
+                if entry.name.startswith(_TEMPORARY):
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                    else:
+                        os.unlink(entry.path)
+
+    @contextlib.contextmanager
+    def lock(self, what: str, wait: bool = False) -> Iterator[None]:
+        """Hold this file as a lock while the block runs; where it is held, wait, or UserError naming the holder.
+
+        The kernel frees a dead holder's lock at once.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(f"{what} is being driven by {holder}: wait for it or stop it") from None
+            file.truncate(0)
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            file.write(f"process {os.getpid()} on {gethostname()} since {now}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+
+def check_writable(place: Place) -> None:
+    """UserError where files cannot be made below this place."""
+    probe = place / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        probe.write(b"")
+        probe.path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"storage {place}: cannot write there ({error.strerror}); name a folder that you may write to"
+        ) from None
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,103 @@
+"""Checkpoints: the whole state of a run after a step, nothing per worker, nothing pickled.
+
+A folder named by the step: `model.safetensors` (live weights), `ema.safetensors`, `optimizer.safetensors`,
+`state.json`, and `MANIFEST.json` with the sha256 of each. It appears whole or not at all; a damaged one is named and
+passed over for the one before it.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from pipelines.store import MANIFEST, DamageError, Place, sha256
+
+FORMAT = 1
+MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """State after `step` optimizer steps; tensors keyed by parameter name, on the CPU."""
+
+    step: int
+    images: int
+    """Images seen."""
+    model: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    environment: Mapping[str, Any]
+    """What it was computed on; for the reader, never read back into a run."""
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a folder of their own."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def at(self, step: int) -> Place:
+        return self.place / f"{step:09d}"
+
+    def steps(self) -> list[int]:
+        """Steps with a committed checkpoint, rising."""
+        return sorted(int(n) for n in self.place.list() if n.isdigit() and (self.place / n / MANIFEST).exists())
+
+    def save(self, checkpoint: Checkpoint, keep: int) -> None:
+        """Commit a checkpoint and thin out all but the last `keep`."""
+        state = {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "images": checkpoint.images,
+            "environment": dict(checkpoint.environment),
+        }
+        files = {
+            MODEL: _tensors(checkpoint.model),
+            EMA: _tensors(checkpoint.ema),
+            OPTIMIZER: _tensors(checkpoint.optimizer),
+            STATE: (json.dumps(state, indent=2, sort_keys=True) + "\n").encode(),
+        }
+        self.at(checkpoint.step).commit_folder(files)
+        for step in self.steps()[:-keep]:
+            self.at(step).remove()
+
+    def load(self, step: int) -> Checkpoint:
+        """The checkpoint of a step, every file verified. DamageError names what is wrong."""
+        files = self.at(step).read_folder(MODEL, EMA, OPTIMIZER, STATE)
+        state = json.loads(files[STATE])
+        if state["format"] != FORMAT:
+            raise DamageError(f"{self.at(step) / STATE} has format {state['format']}, not {FORMAT}")
+        return Checkpoint(
+            step=state["step"],
+            images=state["images"],
+            model=safetensors.torch.load(files[MODEL]),
+            ema=safetensors.torch.load(files[EMA]),
+            optimizer=safetensors.torch.load(files[OPTIMIZER]),
+            environment=state["environment"],
+        )
+
+    def latest(self) -> Checkpoint | None:
+        """The last checkpoint that verifies; a warning names each damaged one passed over."""
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step)
+            except DamageError as error:
+                warnings.warn(f"checkpoint {step} is damaged and passed over: {error}", stacklevel=2)
+        return None
+
+    def digests(self, step: int) -> dict[str, str]:
+        """sha256 of each file of a step's checkpoint, by its manifest."""
+        return (self.at(step) / MANIFEST).read_json()["files"]
+
+
+def _tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def weights_digest(data: bytes) -> str:
+    """How a set of weights is named wherever it goes: sha256 of its safetensors file."""
+    return sha256(data)

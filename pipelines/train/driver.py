@@ -1,0 +1,175 @@
+"""Drives a training run: Ray Train starts the workers and restarts the dead; the driver watches and reports.
+
+`fit()` runs beside the main thread, because Ray's own handler of SIGINT would abort the group, and because the main
+thread reads the run's folder meanwhile: how far it is, and which rows of the journal the tracker may have.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.cluster import Cluster
+from pipelines.data.manifest import Dataset
+from pipelines.errors import UserError
+from pipelines.progress import Progress
+from pipelines.spec import Spec
+from pipelines.store import Place
+from pipelines.tracking import Tracker
+from pipelines.train.checkpoint import EMA, MODEL
+from pipelines.train.loop import LIVE, World, train_from_config
+from pipelines.train.run import Run
+
+MAX_WORKER_FAILURES = 5
+"""Times the workers may die before the run gives up."""
+_STARTUP_FAILURES = 5
+_COLLECTIVE_SECONDS = 120
+_WATCH_SECONDS = 0.25
+_SHIP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that reached its end."""
+
+    run: str
+    checkpoint: str
+    step: int
+    attempts: int
+    model_sha256: str
+    ema_sha256: str
+
+
+def train(
+    spec: Spec, dataset: Dataset, store: Place, cluster: Cluster, tracker: Tracker, progress: Progress
+) -> Trained:
+    """Train to `spec.train.images`, from the last checkpoint if there is one. UserError for what the user can mend."""
+    if not len(dataset.split("train")):
+        raise UserError("data.held_out: no image is left for training, lower it or add images")
+    run = Run.of(spec, dataset.digest, store)
+    if (done := trained(run, spec)) is not None:
+        return done
+    with run.driving():
+        run.describe(spec, dataset.digest)
+        _check_resources(spec, cluster)
+        tracker.start(run, spec, dataset)
+        _fit_and_watch(spec, dataset, run, cluster, tracker, progress)
+        tracker.ship(run, spec.train.log_every, final=True)
+    done = trained(run, spec)
+    if done is None:
+        raise RuntimeError(f"run {run.name} ended without its last checkpoint, see {run.place}")
+    return done
+
+
+def trained(run: Run, spec: Spec) -> Trained | None:
+    """What a finished run made, or None while it is not finished."""
+    step = spec.train.total_steps
+    if step not in run.checkpoints.steps():
+        return None
+    digests = run.checkpoints.digests(step)
+    return Trained(
+        run=run.name,
+        checkpoint=str(run.checkpoints.at(step)),
+        step=step,
+        attempts=run.attempts(),
+        model_sha256=digests[MODEL],
+        ema_sha256=digests[EMA],
+    )
+
+
+def _check_resources(spec: Spec, cluster: Cluster) -> None:
+    need, have = spec.train.workers * spec.train.threads, cluster.cpus()
+    if need > have and not spec.train.oversubscribe:
+        raise UserError(
+            f"train.workers: {spec.train.workers} workers of {spec.train.threads} threads need {need} CPUs, "
+            f"the cluster has {have}: lower it, or set train.oversubscribe for a test"
+        )
+
+
+def _fit_and_watch(
+    spec: Spec, dataset: Dataset, run: Run, cluster: Cluster, tracker: Tracker, progress: Progress
+) -> None:
+    ended: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            _fit(spec, dataset, run, cluster)
+            ended.append(None)
+        except BaseException as error:  # handed to the main thread
+            ended.append(error)
+
+    (run.place / LIVE).path.unlink(missing_ok=True)
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    shipped = time.monotonic()
+    while thread.is_alive():
+        thread.join(_WATCH_SECONDS)
+        _show(run, spec, progress)
+        if time.monotonic() - shipped > _SHIP_SECONDS:
+            tracker.ship(run, spec.train.log_every)
+            shipped = time.monotonic()
+    if ended[0] is not None:
+        raise _explained(ended[0])
+
+
+def _show(run: Run, spec: Spec, progress: Progress) -> None:
+    try:
+        live = (run.place / LIVE).read_json()
+    except FileNotFoundError:
+        return
+    total = spec.train.total_steps * spec.train.global_batch
+    progress.advance(live["images"], total, "images", rate=live["images_per_second"], loss=live["loss"])
+
+
+def _fit(spec: Spec, dataset: Dataset, run: Run, cluster: Cluster) -> None:
+    cluster.connect()
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cpus: float = spec.train.threads
+    if spec.train.oversubscribe:
+        cpus = min(cpus, cluster.cpus() / (2 * spec.train.workers))
+    config = {"spec": spec.model_dump(mode="json"), "dataset": str(dataset.place), "run": str(run.place)}
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(timeout_s=_COLLECTIVE_SECONDS),
+        scaling_config=ScalingConfig(
+            num_workers=spec.train.workers, resources_per_worker={"CPU": cpus, **spec.train.resources}
+        ),
+        run_config=RunConfig(
+            name=run.name,
+            # Ray is given no checkpoints: this holds its own notes on the attempt, never read again.
+            storage_path=str(run.place / "ray"),
+            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=_STARTUP_FAILURES),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": worker_environment(spec.train.threads)},
+        ),
+    )
+    trainer.fit()
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """Environment of a process that computes: its threads come from the spec, not from what Ray guesses."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    }
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray.train
+
+    context = ray.train.get_context()
+    train_from_config(config, World(context.get_world_rank(), context.get_world_size()))
+
+
+def _explained(error: BaseException) -> BaseException:
+    """The failure of a worker, not Ray's wrapping of it."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, first = min(failures.items())
+        cause = getattr(first, "cause", None) or first
+        return RuntimeError(f"training worker {rank} failed: {type(cause).__name__}: {cause}")
+    return error

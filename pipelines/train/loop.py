@@ -1,0 +1,313 @@
+"""The training loop, the same for one process and for many.
+
+Everything that decides a bit is keyed by (seed, step, slot): which images, which timesteps, which noise, which flips.
+Ranks only share the slots out. The one clock is images seen.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm_core import Ema, noise
+from pipelines.build import build_model, build_process
+from pipelines.data.manifest import Dataset
+from pipelines.data.pixels import to_model
+from pipelines.data.reader import Reader, SlotStream
+from pipelines.spec import Spec
+from pipelines.store import Place
+from pipelines.train.checkpoint import Checkpoint
+from pipelines.train.journal import Row
+from pipelines.train.reduce import SlotGradients, tree_sum
+from pipelines.train.run import Run, environment
+
+LIVE = "live.json"
+_LIVE_SECONDS = 0.5
+_QUARTILES = 4
+
+
+@dataclass(frozen=True)
+class World:
+    """Who computes: this process's rank among `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    def owned(self, slots: int) -> range:
+        """Slots of this rank: neighbours, so that a rank's sum is a subtree."""
+        assert slots % self.size == 0
+        each = slots // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where training ended."""
+
+    step: int
+    images: int
+    attempt: int
+
+
+Hook = Callable[["Trainer"], None]
+
+
+def train(
+    spec: Spec, dataset: Dataset, run: Run, world: World | None = None, at_checkpoint: Hook | None = None
+) -> Outcome:
+    """Train from the last checkpoint that verifies (or the start) to `spec.train.images`.
+
+    `at_checkpoint` is called on every rank after each checkpoint. Raises DamageError where data is damaged.
+    """
+    torch.set_num_threads(spec.train.threads)
+    trainer = Trainer(spec, dataset, run, world or World())
+    with trainer.stream() as stream:
+        while trainer.step < spec.train.total_steps:
+            trainer.take_step(stream)
+            if trainer.step % spec.train.checkpoint_every == 0 or trainer.step == spec.train.total_steps:
+                trainer.save()
+                if at_checkpoint is not None:
+                    at_checkpoint(trainer)
+    return Outcome(trainer.step, trainer.images, trainer.attempt)
+
+
+class Trainer:
+    """The state of a run between steps, and the step."""
+
+    def __init__(self, spec: Spec, dataset: Dataset, run: Run, world: World) -> None:
+        self.spec, self.run, self.world = spec, run, world
+        self.process = build_process(spec.diffusion)
+        self.model = build_model(spec)
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.parameters = list(self.model.parameters())
+        # One flat vector holds all weights; the model's parameters are views of it. The optimizer and the moving
+        # average then touch one tensor instead of hundreds.
+        self.weights = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in self.parameters]))
+        self.optimizer = torch.optim.AdamW(
+            [self.weights], lr=spec.train.learning_rate, weight_decay=spec.train.weight_decay, fused=True
+        )
+        self.optimizer.state[self.weights] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(self.weights),
+            "exp_avg_sq": torch.zeros_like(self.weights),
+        }
+        self.ema = Ema([self.weights.detach()], half_life=spec.train.ema_half_life)
+        self.step = self.images = 0
+        self.owned = world.owned(spec.train.slots)
+        self._data = Reader(dataset.split("train"))
+        self._order = dataset.split("train").order(spec.data.window, spec.seed)
+        self._resume()
+        self._point_model_at_weights()
+        self._gradients = SlotGradients(self.parameters)
+        self._module: Any = self.model
+        if world.size > 1:
+            self._module = DistributedDataParallel(self.model)
+            self._module.register_comm_hook(None, self._gradients.hook)
+        self._boundaries = _log_snr_quartiles(self.process.schedule.log_snr)
+        self._pending: list[tuple[Tensor, float, int, dict[str, float]]] = []
+        self._rows: list[Row] = []
+        self._live_at = 0.0
+        self._mark = (time.perf_counter(), self.images)
+
+    # --- the step ---
+
+    def take_step(self, stream: SlotStream) -> None:
+        """One optimizer step on the next global batch."""
+        self.model.train()
+        waited = 0.0
+        stats = []
+        for slot in self.owned:
+            before = time.perf_counter()
+            step, of_slot, images, _ = next(stream)
+            waited += time.perf_counter() - before
+            assert (step, of_slot) == (self.step, slot)
+            stats.append(self._slot(slot, images))
+        gradient = self._gradients.total.div_(self.spec.train.slots)
+        norm = float(torch.linalg.vector_norm(gradient))
+        if self.spec.train.grad_clip is not None and norm > self.spec.train.grad_clip:
+            gradient.mul_(self.spec.train.grad_clip / norm)
+        rate = self._learning_rate()
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.weights.grad = gradient
+        self.optimizer.step()
+        self.step += 1
+        self.images += self.spec.train.global_batch
+        self.ema.update([self.weights], self.images, self.spec.train.global_batch)
+        self._pending.append((torch.stack(stats), waited, _now_ms(), {"gradient_norm": norm, "learning_rate": rate}))
+        if self.step % self.spec.train.log_every == 0:
+            self._log()
+
+    def _slot(self, slot: int, images: Any) -> Tensor:
+        """Forward and backward of one slot; its statistics, float64 [1 + 2 * quartiles]: loss, then sums and counts."""
+        seed, step, n = self.spec.seed, self.step, len(images)
+        x0 = to_model(images)
+        if self.spec.data.flip:
+            mirrored = noise.bits([noise.key(seed, "flip", step, slot)], n)[0] >> 31 == 1
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        t = noise.integers([noise.key(seed, "timestep", step, slot)], n, 1, self.process.schedule.timesteps)[0]
+        eps = noise.normal([noise.key(seed, "eps", step, slot)], x0.shape)[0]
+        if self.spec.model.dropout:
+            torch.manual_seed(noise.key(seed, "dropout", step, slot) >> 1)
+        last = slot == self.owned[-1]
+        if self.world.size > 1 and not last:
+            with self._module.no_sync():
+                losses = self._backward(x0, t, eps)
+        else:
+            losses = self._backward(x0, t, eps)
+        if not last:
+            self._gradients.add()
+        elif self.world.size == 1:
+            self._gradients.finish()
+        for parameter in self.parameters:
+            parameter.grad = None
+        quartile = torch.bucketize(self.process.schedule.log_snr[t - 1], self._boundaries)
+        sums = torch.zeros(2, _QUARTILES, dtype=torch.float64)
+        sums[0].index_add_(0, quartile, losses)
+        sums[1].index_add_(0, quartile, torch.ones_like(losses))
+        return torch.cat((losses.mean()[None], sums.flatten()))
+
+    def _backward(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        losses = self.process.loss(self._module, x0, t, eps)
+        losses.mean().backward()
+        return losses.detach().double()
+
+    def _learning_rate(self) -> float:
+        warm = self.spec.train.warmup_images
+        done = self.images + self.spec.train.global_batch
+        return self.spec.train.learning_rate * (min(1.0, done / warm) if warm else 1.0)
+
+    # --- what is recorded ---
+
+    def _log(self) -> None:
+        """Turn the pending steps into rows of the journal: every rank's slots, in slot order."""
+        if not self._pending:
+            return
+        mine = torch.stack([stats for stats, *_ in self._pending])  # [steps, owned slots, statistics]
+        everyone = [torch.empty_like(mine) for _ in range(self.world.size)]
+        if self.world.size > 1:
+            dist.all_gather(everyone, mine)
+        else:
+            everyone = [mine]
+        totals = tree_sum(torch.cat(everyone, dim=1).transpose(0, 1)) / self.spec.train.slots
+        first = self.step - len(self._pending) + 1
+        now, (then, images_then) = time.perf_counter(), self._mark
+        rate = (self.images - images_then) / (now - then)
+        self._mark = (now, self.images)
+        for i, (_, waited, at, exact) in enumerate(self._pending):
+            sums, counts = totals[i, 1:].view(2, _QUARTILES)
+            by_quartile = {
+                f"loss_log_snr_q{q + 1}": float(sums[q] / counts[q]) for q in range(_QUARTILES) if counts[q] > 0
+            }
+            row = Row(
+                step=first + i,
+                images=(first + i) * self.spec.train.global_batch,
+                time_ms=at,
+                exact={"loss": float(totals[i, 0]), **by_quartile, **exact},
+                wall={"images_per_second": rate, "data_wait_seconds": waited},
+            )
+            self._rows.append(row)
+        self._pending.clear()
+        self._show(rate)
+
+    def _show(self, rate: float) -> None:
+        """Tell the driver how far we are; a picture of the moment, not a record."""
+        if self.world.rank == 0 and time.monotonic() - self._live_at > _LIVE_SECONDS:
+            self._live_at = time.monotonic()
+            live = {
+                "attempt": self.attempt,
+                "images": self.images,
+                "images_per_second": rate,
+                "loss": self._rows[-1].exact["loss"],
+            }
+            (self.run.place / LIVE).write_json(live)
+
+    # --- state ---
+
+    def save(self) -> None:
+        """Commit the journal's segment, then the checkpoint (rank 0 writes, nobody waits)."""
+        self._log()
+        if self.world.rank == 0:
+            self.run.journal.commit(self.attempt, self._rows)
+            state = self.optimizer.state[self.weights]
+            checkpoint = Checkpoint(
+                step=self.step,
+                images=self.images,
+                model=self._named(self.weights.detach()),
+                ema=self._named(self.ema.tensors[0]),
+                optimizer={
+                    **self._named(state["exp_avg"], "exp_avg."),
+                    **self._named(state["exp_avg_sq"], "exp_avg_sq."),
+                },
+                environment={**environment(), "threads": self.spec.train.threads},
+            )
+            self.run.checkpoints.save(checkpoint, keep=self.spec.train.keep_checkpoints)
+        self._rows.clear()
+
+    def stream(self) -> SlotStream:
+        """The images of the owned slots from this step on."""
+        return SlotStream(
+            self._data,
+            self._order,
+            global_batch=self.spec.train.global_batch,
+            slots=self.spec.train.slots,
+            owned=self.owned,
+            start_step=self.step,
+        )
+
+    def _resume(self) -> None:
+        """Agree with all ranks on attempt and checkpoint, and load it."""
+        found: list[Any] = [None, None]
+        if self.world.rank == 0:
+            checkpoint = self.run.checkpoints.latest()
+            found = [self.run.claim_attempt(), None if checkpoint is None else checkpoint.step]
+        if self.world.size > 1:
+            dist.broadcast_object_list(found, src=0)
+        self.attempt, step = found
+        if step is None:
+            return
+        checkpoint = self.run.checkpoints.load(step)
+        self.step, self.images = checkpoint.step, checkpoint.images
+        state = self.optimizer.state[self.weights]
+        with torch.no_grad():
+            self.weights.copy_(self._flat(checkpoint.model))
+            self.ema.tensors[0].copy_(self._flat(checkpoint.ema))
+            state["step"].fill_(float(checkpoint.step))
+            state["exp_avg"].copy_(self._flat(checkpoint.optimizer, "exp_avg."))
+            state["exp_avg_sq"].copy_(self._flat(checkpoint.optimizer, "exp_avg_sq."))
+
+    def _point_model_at_weights(self) -> None:
+        views = self._named(self.weights.detach())
+        for name, parameter in self.model.named_parameters():
+            parameter.data = views[name]
+
+    def _named(self, flat: Tensor, prefix: str = "") -> dict[str, Tensor]:
+        pieces = flat.split([p.numel() for p in self.parameters])
+        return {
+            prefix + name: piece.view(p.shape)
+            for name, piece, p in zip(self.names, pieces, self.parameters, strict=True)
+        }
+
+    def _flat(self, named: Mapping[str, Tensor], prefix: str = "") -> Tensor:
+        return torch.cat([named[prefix + name].reshape(-1) for name in self.names])
+
+
+def _log_snr_quartiles(log_snr: Tensor) -> Tensor:
+    """The three values that cut the schedule's timesteps into quarters by log-SNR, rising."""
+    return torch.quantile(log_snr, torch.tensor([0.25, 0.5, 0.75], dtype=log_snr.dtype))
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def train_from_config(config: Mapping[str, Any], world: World, at_checkpoint: Hook | None = None) -> Outcome:
+    """`train` from plain values, as they travel to a worker."""
+    from pipelines.spec import parse_spec
+
+    spec = parse_spec(config["spec"])
+    return train(spec, Dataset.open(Place.of(config["dataset"])), Run(Place.of(config["run"])), world, at_checkpoint)

@@ -1,0 +1,107 @@
+"""A training run: what it is, where it lives, who drives it.
+
+The run's name is the spec's name and a hash of all that decides its weights; its folder holds its checkpoints, its
+journal and its pictures. Attempts to drive it are numbered, so that what a zombie of an earlier one writes can be told
+from the present one's.
+"""
+
+import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.spec import Spec, parse_spec
+from pipelines.store import Place, identity
+from pipelines.train.checkpoint import Checkpoints
+from pipelines.train.journal import Journal
+
+FORMAT = 1
+
+
+class Run:
+    """A run's folder: `STORE/runs/RUN/`."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.checkpoints = Checkpoints(place / "checkpoints")
+        self.journal = Journal(place / "journal")
+
+    @property
+    def name(self) -> str:
+        return self.place.name
+
+    @staticmethod
+    def of(spec: Spec, dataset_digest: str, store: Place) -> "Run":
+        """The run of a spec on a dataset."""
+        fields = {"format": FORMAT, "dataset": dataset_digest, **spec.training_fields()}
+        return Run(store / "runs" / f"{spec.name}-{identity(fields)[:12]}")
+
+    def describe(self, spec: Spec, dataset_digest: str) -> None:
+        """Record what the run is: the full spec, the dataset, the environment of its latest driver."""
+        record = {
+            "format": FORMAT,
+            "spec": spec.model_dump(mode="json"),
+            "dataset_digest": dataset_digest,
+            "environment": environment(),
+        }
+        (self.place / "run.json").write_json(record)
+
+    def description(self) -> dict[str, Any]:
+        record = (self.place / "run.json").read_json()
+        if record["format"] != FORMAT:
+            raise ValueError(f"{self.place / 'run.json'} has format {record['format']}, not {FORMAT}")
+        return record
+
+    def spec(self) -> Spec:
+        """The spec recorded with the run."""
+        return parse_spec(self.description()["spec"], origin=str(self.place / "run.json"))
+
+    @contextlib.contextmanager
+    def driving(self) -> Iterator[None]:
+        """Hold the run while driving it; UserError by name where somebody else does."""
+        with (self.place / "lock").lock(f"run {self.name}"):
+            self.place.sweep_temporaries()
+            self.checkpoints.place.sweep_temporaries()
+            yield
+
+    def claim_attempt(self) -> int:
+        """A number higher than every earlier attempt's."""
+        place = self.place / "attempts"
+        number = 1 + max((int(n) for n in place.list()), default=0)
+        while not (place / f"{number:04d}").claim(b""):
+            number += 1
+        return number
+
+    def last_step(self) -> int:
+        """Step of the last checkpoint. UserError where there is none."""
+        steps = self.checkpoints.steps()
+        if not steps:
+            raise UserError(f"run {self.name}: it has no checkpoint yet")
+        return steps[-1]
+
+    def attempts(self) -> int:
+        return len((self.place / "attempts").list())
+
+
+def find_run(name: str, store: Place) -> Run:
+    """The run of that name in a store. UserError where there is none."""
+    run = Run(store / "runs" / name)
+    if "/" in name or not (run.place / "run.json").exists():
+        known = (store / "runs").list()
+        raise UserError(f"run {name}: not in {store}" + (f"; there are {', '.join(known[:5])}" if known else ""))
+    return run
+
+
+def environment() -> dict[str, str]:
+    """What the bits depend on beside spec and data."""
+    import torch
+
+    packages = ("ddpm-pipelines", "torch", "numpy", "ray", "mlflow", "pyarrow", "pillow")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
