@@ -23,9 +23,9 @@ from ddpm_core.diffusion import GaussianDiffusion, Network, evaluating
 # Part of the estimate's draws that is spread evenly over the timesteps, whatever the schedule says.
 EVEN_PART = 0.1
 
-# Variance of the pixels, in units of [-1, 1]^2, that `timestep_density` reckons with. Tried on digits with 8 calls an
-# image: anything from 0.2 to 1 leaves an image's estimate an error of 0.33 bits/dim, where images differ by 0.62 and
-# evenly spread timesteps would err by 9.
+# Variance of the pixels, in units of [-1, 1]^2, that `timestep_density` reckons with. Tried on digits with 8 calls
+# an image: anything from 0.2 to 1 leaves an image's estimate an error of about 0.33 bits/dim, where images differ
+# by 0.62 and evenly spread timesteps would err by 9.
 PIXEL_VARIANCE = 0.25
 
 

@@ -212,8 +212,11 @@ class NoiseSchedule:
         index = torch.tensor(chosen) - 1
         alpha_bar = self._alpha_bar[index]
         respaced = type(self)(_beta_of(alpha_bar), alpha_bar, self._original_timesteps[index])
-        # A schedule that leaves signal at its own end has said so already.
-        return respaced._warned() if self._alpha_bar[-1] <= VISIBLE_ALPHA_BAR else respaced
+        if self._alpha_bar[-1] > VISIBLE_ALPHA_BAR:
+            return respaced  # the schedule itself leaves signal, and has said so
+        return respaced._warned(
+            f"{steps} steps with {spacing} spacing start at t = {chosen[-1]}; others start at {total}"
+        )
 
     def rescale_zero_terminal(self) -> Self:
         """Shift and scale the signal rate to end at 0 and keep its first value (Lin et al. 2023, algorithm 1).
@@ -228,13 +231,12 @@ class NoiseSchedule:
         alpha_bar = rate**2
         return type(self)(_beta_of(alpha_bar), alpha_bar, self._original_timesteps)
 
-    def _warned(self) -> Self:
+    def _warned(self, remedy: str = "more timesteps or larger betas would close the gap") -> Self:
         last = self._alpha_bar[-1].item()
         if last > VISIBLE_ALPHA_BAR:
             warnings.warn(
                 f"alpha_bar is {last:.3g} at the last timestep: x_T still shows the image (signal rate "
-                f"{math.sqrt(last):.3g}), but sampling starts from pure noise; more timesteps, larger betas or "
-                "rescale_zero_terminal() would close the gap",
+                f"{math.sqrt(last):.3g}), but sampling starts from pure noise; {remedy}",
                 UserWarning,
                 stacklevel=3,
             )

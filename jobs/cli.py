@@ -143,10 +143,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model against a dataset's held-out images."""
-    from pipelines.evaluate.job import evaluate as evaluate_model
-
     from jobs.tables import show_scores
     from pipelines.data.manifest import Dataset
+    from pipelines.evaluate.job import evaluate as evaluate_model
     from pipelines.models import find_model, with_overrides
     from pipelines.store import Place
 
@@ -156,6 +155,25 @@ def evaluate(
         evaluation = evaluate_model(found, Dataset.open(Place.of(against)), found.spec, session)
         session.progress.finish("evaluate", evaluation.summary())
     _print(as_json, evaluation.to_json(), lambda: show_scores(evaluation.to_json()["scores"]))
+
+
+@app.command()
+def sweep(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Try the settings of a spec's `sweep:` section; the winner is written as a spec that `train` takes."""
+    from jobs.tables import show_sweep
+    from pipelines.pipeline import run_sweep
+    from pipelines.spec import load_spec
+
+    parsed = load_spec(spec, overrides or ())
+    with _session(parsed, storage, tracking_uri) as session:
+        outputs = run_sweep(parsed, session)
+    _print(as_json, outputs, lambda: show_sweep(outputs))
 
 
 @app.command()
@@ -170,9 +188,8 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw images in bulk; a rerun makes the missing ones only, a larger --n extends."""
-    from pipelines.pictures import draw_grid
-
     from pipelines.models import find_model, with_overrides
+    from pipelines.pictures import draw_grid
     from pipelines.sample import Settings, sample_job
     from pipelines.store import Place
 

@@ -34,6 +34,30 @@ def show_scores(scores: Sequence[Mapping[str, Any]]) -> None:
     Console(highlight=False).print(table)
 
 
+def show_sweep(outputs: Mapping[str, Any]) -> None:
+    """The ranking of a sweep."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, justify in (
+        ("rank", "right"),
+        ("setting", "left"),
+        ("bits/dim", "right"),
+        ("Frechet", "right"),
+        ("images", "right"),
+        ("", "left"),
+        ("run", "left"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for place, trial in enumerate(outputs["ranking"], start=1):
+        frechet = "" if trial["frechet"] is None else f"{trial['frechet']:.3g}"
+        end = trial["error"] or ("" if trial["finished"] else "stopped early")
+        figures = (f"{trial['bits_per_dim']:.4f}", frechet, f"{trial['images']:,}", end, trial["run"])
+        table.add_row(str(place), trial["setting"], *figures)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print("Ranked by bits/dim on the held-out images: training losses of different schedules do not compare.")
+    console.print(f"winner     {outputs['winner']}")
+
+
 def show_models(models: Sequence[Mapping[str, Any]]) -> None:
     """Registered models, a version a line."""
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -73,6 +73,15 @@ def run_training(spec: Spec, session: Session) -> dict[str, Any]:
     return steps.run(train_step(spec, dataset, session)).outputs
 
 
+def run_sweep(spec: Spec, session: Session) -> dict[str, Any]:
+    """Ingest and sweep, or find both done: the ranking, and where the winner's spec is."""
+    from pipelines.sweep import sweep_step
+
+    steps = Steps(session.store / "steps", session.progress)
+    dataset = Dataset.open(session.store / steps.run(ingest_step(spec, session)).outputs["dataset"])
+    return steps.run(sweep_step(spec, dataset, session)).outputs
+
+
 def register_finished(training: Run, session: Session) -> dict[str, Any]:
     """Evaluate, sample and register a run that has ended, by the spec recorded with it."""
     spec = training.spec()

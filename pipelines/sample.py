@@ -178,6 +178,14 @@ def sample_spec(model: Model, spec: Spec, n: int, session: Session) -> Samples:
     return sample_job(model, settings, n, out, session.cluster, spec.sample.workers, session.progress)
 
 
+def read_samples(samples: Samples, n: int) -> Iterator[np.ndarray]:
+    """The first n images of a finished job, in index order, uint8 [<=chunk, H, W, C] at a time."""
+    place = Place.of(samples.out)
+    record = (place / _JOB).read_json()
+    settings = Settings(**{name: record[name] for name in Settings.__dataclass_fields__})
+    return Job(place, settings, record["model_digest"]).read(n)
+
+
 def _missing(job: Job, n: int) -> list[tuple[int, int]]:
     """(chunk, images wanted of it) of every chunk that is not committed that far."""
     size = job.settings.chunk

@@ -95,8 +95,16 @@ Schedule = Annotated[Linear | Quadratic | Cosine | Sigmoid, Field(discriminator=
 class Diffusion(Section):
     timesteps: Annotated[int, Field(ge=2)] = 1000
     schedule: Schedule = Linear()
+    """Its kind (linear where none is given) and that kind's own parameters."""
     predict: Literal["eps", "x0", "v"] = "eps"
     variance: Literal["small", "large"] = "small"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _linear_where_no_kind(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and isinstance(fields.get("schedule"), dict):
+            return {**fields, "schedule": {"kind": "linear", **fields["schedule"]}}
+        return fields
 
 
 class Train(Section):

@@ -87,22 +87,32 @@ class Tracker:
         known = records.get(self.address.uri)
         if known is not None and _exists(client, known["run_id"]):
             return known["run_id"]
-        experiment = client.get_experiment_by_name(self._experiment)
-        experiment_id = (
-            experiment.experiment_id
-            if experiment is not None
-            else client.create_experiment(self._experiment, artifact_location=self.address.artifacts)
-        )
         tags = {"ddpm.run": run.name, "ddpm.place": str(run.place), "ddpm.dataset_digest": dataset.digest}
         if parent is not None:
             tags["mlflow.parentRunId"] = parent
-        made = client.create_run(experiment_id, run_name=run.name, tags=tags)
+        made = client.create_run(self._experiment_id(client), run_name=run.name, tags=tags)
         run_id = made.info.run_id
         _log_params(client, run_id, spec)
         _log_dataset(client, run_id, dataset)
         _set_tags(client, run_id, {f"env.{k}": v for k, v in environment().items()})
         _remember(run, {**records, self.address.uri: {"run_id": run_id, "shipped_step": 0}})
         return run_id
+
+    def parent_run(self, name: str, tags: Mapping[str, str]) -> str:
+        """A new MLflow run that others are children of; its id."""
+        client = self.client()
+        return client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags)).info.run_id
+
+    def _experiment_id(self, client: Any) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            try:
+                return client.create_experiment(self._experiment, artifact_location=self.address.artifacts)
+            except MlflowException:  # somebody else made it meanwhile
+                experiment = client.get_experiment_by_name(self._experiment)
+        return experiment.experiment_id
 
     def ship(self, run: Run, every: int, final: bool = False) -> None:
         """Send the journal's rows that lie at or before the last committed checkpoint and were not sent yet.

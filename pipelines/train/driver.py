@@ -4,8 +4,10 @@
 thread reads the run's folder meanwhile: how far it is, and which rows of the journal the tracker may have.
 """
 
+import functools
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA, MODEL
-from pipelines.train.loop import LIVE, World, train_from_config
+from pipelines.train.loop import LIVE, Hook, World, train_from_config
 from pipelines.train.run import Run
 
 MAX_WORKER_FAILURES = 5
@@ -53,7 +55,7 @@ def train(
         run.describe(spec, dataset.digest)
         _check_resources(spec, cluster)
         tracker.start(run, spec, dataset)
-        _fit_and_watch(spec, dataset, run, cluster, tracker, progress)
+        _fit_and_watch(spec, dataset, run, tracker, progress)
         tracker.ship(run, spec.train.log_every, final=True)
     done = trained(run, spec)
     if done is None:
@@ -86,20 +88,18 @@ def _check_resources(spec: Spec, cluster: Cluster) -> None:
         )
 
 
-def _fit_and_watch(
-    spec: Spec, dataset: Dataset, run: Run, cluster: Cluster, tracker: Tracker, progress: Progress
-) -> None:
+def _fit_and_watch(spec: Spec, dataset: Dataset, run: Run, tracker: Tracker, progress: Progress) -> None:
     ended: list[BaseException | None] = []
 
-    def fit() -> None:
+    def work() -> None:
         try:
-            _fit(spec, dataset, run, cluster)
+            fit(spec, dataset, run)
             ended.append(None)
         except BaseException as error:  # handed to the main thread
             ended.append(error)
 
     (run.place / LIVE).path.unlink(missing_ok=True)
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread = threading.Thread(target=work, name="ray-train", daemon=True)
     thread.start()
     shipped = time.monotonic()
     while thread.is_alive():
@@ -121,32 +121,40 @@ def _show(run: Run, spec: Spec, progress: Progress) -> None:
     progress.advance(live["images"], total, "images", rate=live["images_per_second"], loss=live["loss"])
 
 
-def _fit(spec: Spec, dataset: Dataset, run: Run, cluster: Cluster) -> None:
-    cluster.connect()
+def fit(
+    spec: Spec, dataset: Dataset, run: Run, callbacks: Sequence[Any] = (), at_checkpoint: Hook | None = None
+) -> None:
+    """Train with a group of Ray Train workers, in a process connected to Ray. The run's lock is the caller's."""
+    import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cpus: float = spec.train.threads
     if spec.train.oversubscribe:
-        cpus = min(cpus, cluster.cpus() / (2 * spec.train.workers))
+        cpus = min(cpus, ray.cluster_resources().get("CPU", 1) / (2 * spec.train.workers))
+    notes = run.place / "ray"
     config = {"spec": spec.model_dump(mode="json"), "dataset": str(dataset.place), "run": str(run.place)}
     trainer = TorchTrainer(
-        _worker,
+        functools.partial(_worker, at_checkpoint=at_checkpoint),
         train_loop_config=config,
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=spec.train.workers, resources_per_worker={"CPU": cpus, **spec.train.resources}
         ),
         run_config=RunConfig(
-            name=run.name,
-            # Ray is given no checkpoints: this holds its own notes on the attempt, never read again.
-            storage_path=str(run.place / "ray"),
+            # Ray is given no checkpoints; what it notes about an attempt is of no use to the next one.
+            name=f"attempt-{run.attempts() + 1:04d}",
+            storage_path=str(notes),
             failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=_STARTUP_FAILURES),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
             worker_runtime_env={"env_vars": worker_environment(spec.train.threads)},
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        notes.remove()
 
 
 def worker_environment(threads: int) -> dict[str, str]:
@@ -158,11 +166,11 @@ def worker_environment(threads: int) -> dict[str, str]:
     }
 
 
-def _worker(config: dict[str, Any]) -> None:
+def _worker(config: dict[str, Any], at_checkpoint: Hook | None) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    train_from_config(config, World(context.get_world_rank(), context.get_world_size()))
+    train_from_config(config, World(context.get_world_rank(), context.get_world_size()), at_checkpoint)
 
 
 def _explained(error: BaseException) -> BaseException:

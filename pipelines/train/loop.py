@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_core import Ema, noise
 from pipelines.build import build_model, build_process
 from pipelines.data.manifest import Dataset
+from pipelines.data.order import owned_slots
 from pipelines.data.pixels import to_model
 from pipelines.data.reader import Reader, SlotStream
 from pipelines.spec import Spec
@@ -37,12 +38,6 @@ class World:
 
     rank: int = 0
     size: int = 1
-
-    def owned(self, slots: int) -> range:
-        """Slots of this rank: neighbours, so that a rank's sum is a subtree."""
-        assert slots % self.size == 0
-        each = slots // self.size
-        return range(self.rank * each, (self.rank + 1) * each)
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class Trainer:
     """The state of a run between steps, and the step."""
 
     def __init__(self, spec: Spec, dataset: Dataset, run: Run, world: World) -> None:
-        self.spec, self.run, self.world = spec, run, world
+        self.spec, self.dataset, self.run, self.world = spec, dataset, run, world
         self.process = build_process(spec.diffusion)
         self.model = build_model(spec)
         self.names = [name for name, _ in self.model.named_parameters()]
@@ -98,7 +93,7 @@ class Trainer:
         }
         self.ema = Ema([self.weights.detach()], half_life=spec.train.ema_half_life)
         self.step = self.images = 0
-        self.owned = world.owned(spec.train.slots)
+        self.owned = owned_slots(world.rank, world.size, spec.train.slots)
         self._data = Reader(dataset.split("train"))
         self._order = dataset.split("train").order(spec.data.window, spec.seed)
         self._resume()

@@ -43,15 +43,15 @@ def test_iterated_noise_is_the_closed_form_in_distribution() -> None:
 @pytest.mark.parametrize("t", [2, 3, 50, 400, 1000])
 def test_posterior_is_bayes_rule(t: int) -> None:
     """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0): normalised on a grid."""
-    x0, x_t = 0.4, -0.3
+    x0 = 0.4
     beta, alpha_bar = LINEAR.beta.tolist(), LINEAR.alpha_bar.tolist()
-    before = alpha_bar[t - 2]
+    before, now = alpha_bar[t - 2], alpha_bar[t - 1]
+    x_t = math.sqrt(now) * x0 - 1.3 * math.sqrt(1 - now)
     likelihood_mean, likelihood_std = x_t / math.sqrt(1 - beta[t - 1]), math.sqrt(beta[t - 1] / (1 - beta[t - 1]))
     grid = likelihood_mean + torch.linspace(-12, 12, 200_001, dtype=torch.float64) * likelihood_std
-    log_density = (
-        -((x_t - math.sqrt(1 - beta[t - 1]) * grid) ** 2) / (2 * beta[t - 1])
-        - (grid - math.sqrt(before) * x0) ** 2 / (2 * (1 - before))
-    )
+    log_density = -((x_t - math.sqrt(1 - beta[t - 1]) * grid) ** 2) / (2 * beta[t - 1]) - (
+        grid - math.sqrt(before) * x0
+    ) ** 2 / (2 * (1 - before))
     weight = (log_density - log_density.max()).exp()
     weight /= weight.sum()
     mean = (weight * grid).sum()
@@ -182,8 +182,13 @@ def test_bad_choices() -> None:
 def test_evaluating_puts_every_mode_back() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout())).train()
     model[0].eval()
-    with pytest.raises(RuntimeError), evaluating(model):
-        assert not any(module.training for module in model.modules())
-        assert torch.is_inference_mode_enabled()
-        raise RuntimeError
+
+    def fail_inside() -> None:
+        with evaluating(model):
+            assert not any(module.training for module in model.modules())
+            assert torch.is_inference_mode_enabled()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_inside()
     assert [module.training for module in model.modules()] == [True, False, True, True]

@@ -30,7 +30,7 @@ def test_decoder_keeps_its_digits_in_the_tails(side: int) -> None:
     std, mean = 0.01, -0.25 * side + GRID[128].item()
     low, high = 0.25 / std - 1 / 255 / std, 0.25 / std + 1 / 255 / std
     mass = (math.erfc(low / math.sqrt(2)) - math.erfc(high / math.sqrt(2))) / 2
-    args = (torch.tensor(mean).double(), torch.tensor(std**2).double())
+    args = torch.tensor([mean, std**2], dtype=torch.float64)
     assert losses.decoder_nll(GRID[128], *args).item() == pytest.approx(-math.log(mass), rel=1e-9)
     far = losses.decoder_nll(GRID[[0, 255]], torch.tensor([1.0, -1.0]).double(), torch.tensor(1e-6).double())
     assert far.tolist() == pytest.approx([(2 - 1 / 255) ** 2 / 2e-6] * 2, rel=1e-4)

@@ -92,7 +92,7 @@ def test_beta_and_alpha_bar_define_the_same_schedule() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: NoiseSchedule.from_betas([0.1, 0.0]), "t = 2 it is 0.0"),
+        (lambda: NoiseSchedule.from_betas([0.1, 0.0]), "t = 2 is 0.0"),
         (lambda: NoiseSchedule.from_betas([0.1, 1.0]), "between 0 and 1"),
         (lambda: NoiseSchedule.from_betas([-0.1]), "between 0 and 1"),
         (lambda: NoiseSchedule.from_betas([0.1, math.nan]), "between 0 and 1"),
@@ -127,7 +127,7 @@ def test_bad_input_is_named(make: Callable[[], NoiseSchedule], said: str) -> Non
 def test_warns_where_signal_is_left() -> None:
     with pytest.warns(UserWarning, match="signal rate 0.6"):
         NoiseSchedule.linear(100)
-    with pytest.warns(UserWarning, match="still shows the image"):
+    with pytest.warns(UserWarning, match="leading spacing start at t = 600; others start at 1000"):
         NoiseSchedule.linear().respace(600, "leading")  # 1..600
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -182,7 +182,7 @@ def test_a_respaced_step_is_its_steps_in_one() -> None:
 def test_respacing_survives_betas_that_round_to_one() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        schedule = NoiseSchedule.linear(10_000).respace(10, "trailing")
+        schedule = NoiseSchedule.linear(10_000, 1e-4, 0.05).respace(10, "trailing")
     assert schedule.beta[-1] == 1
     assert schedule.alpha[-1] > 0
     assert schedule.posterior_variance.isfinite().all()

@@ -1,0 +1,33 @@
+# Everything below sets itself up: `make demo` and `make test` work in a fresh clone.
+.PHONY: demo test lint cluster clean
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+# constraints.txt pins what the tests were run with; torch comes first, so that nothing drags in another build of it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(READY)  ## the main job on real images: a promoted model and pictures of what it draws
+	$(BIN)/ddpm run jobs/presets/digits.yaml
+
+test: $(READY)  ## the tests
+	$(BIN)/python -m pytest
+
+cluster: $(READY)  ## the tests that start a cluster of their own
+	$(BIN)/python -m pytest -m cluster
+
+lint: $(READY)  ## lint, format, types, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## remove what make made
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,144 @@
+"""Evaluation as a job: what the scores need is made by Ray tasks and actors, the scores by pure functions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ddpm_core import noise, sample
+from pipelines.data.manifest import Dataset
+from pipelines.data.pixels import to_pixels
+from pipelines.data.reader import Reader
+from pipelines.errors import UserError
+from pipelines.evaluate.evaluate import bits_score, estimate_bits, frechet_score
+from pipelines.evaluate.features import FeatureNet, train_feature_net
+from pipelines.evaluate.scores import Score
+from pipelines.models import Model
+from pipelines.sample import read_samples, sample_spec
+from pipelines.session import Session
+from pipelines.spec import Evaluate, Spec
+from pipelines.store import Place, identity
+
+_BITS_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores with their provenance, and the figures that gates look at."""
+
+    scores: list[Score]
+    evidence: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"scores": [score.to_json() for score in self.scores], "evidence": self.evidence}
+
+    def summary(self) -> str:
+        figures = self.evidence
+        return (
+            f"Frechet {figures['frechet']:.3g} = {figures['frechet_over_floor']:.2f} floors, "
+            f"{figures['bits_per_dim']:.3f} bits/dim"
+        )
+
+
+def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Evaluation:
+    """Score a model against the held-out images of a dataset. UserError where they are too few or do not fit it."""
+    _check_fits(model, dataset)
+    ray = session.cluster.connect()
+    held_out, _ = Reader(dataset.split("held-out")).read_all()
+    n = len(held_out) // 2
+    if n < 2:
+        raise UserError(f"data.held_out: {len(held_out)} images held out are too few to score against, raise it")
+    net = feature_net(dataset, spec.evaluate, spec.seed, session)
+
+    # The bound's tasks run beside the sampling; each takes a fixed part of the images, whoever computes it.
+    images = held_out[: spec.evaluate.bits_images]
+    parts = [images[i : i + _BITS_BATCH] for i in range(0, len(images), _BITS_BATCH)]
+    task = ray.remote(num_cpus=spec.sample.threads)(_bits_of)
+    shared = ray.put(model)
+    bits = [task.remote(shared, part, spec.seed, spec.evaluate.bits_timesteps, spec.sample.threads) for part in parts]
+
+    samples = sample_spec(model, spec, n, session)
+    pixels = np.concatenate(list(read_samples(samples, n)))
+    provenance = {
+        "model_digest": model.digest,
+        "dataset_digest": dataset.digest,
+        "ema": f"half-life {model.spec.train.ema_half_life} images",
+        "sampler": spec.sample.sampler,
+        "steps": spec.sample.steps,
+        "eta": spec.sample.eta,
+        "sample_seed": spec.sample.seed,
+    }
+    frechet = frechet_score(net, pixels, held_out, seed=spec.seed, provenance=provenance)
+    bound = bits_score(np.concatenate(ray.get(bits)), seed=spec.seed, provenance=provenance)
+    return _evaluation(net, dataset, frechet, bound)
+
+
+def feature_net(dataset: Dataset, evaluate: Evaluate, seed: int, session: Session) -> FeatureNet:
+    """The feature network of a dataset, trained once by a task and kept in the store."""
+    place = _feature_place(dataset, evaluate, seed, session.store)
+    if not place.exists():
+        ray = session.cluster.connect()
+        task = ray.remote(num_cpus=1)(_train_feature_net)
+        place.write(ray.get(task.remote(str(dataset.place), evaluate, seed)))
+    return FeatureNet.load(place.read())
+
+
+def held_out_bits(model: Model, dataset: Dataset, spec: Spec) -> float:
+    """Bits/dim of a model on the held-out images, estimated in this process."""
+    images = Reader(dataset.split("held-out")).read_all()[0][: spec.evaluate.bits_images]
+    parts = [images[i : i + _BITS_BATCH] for i in range(0, len(images), _BITS_BATCH)]
+    threads, timesteps = spec.train.threads, spec.evaluate.bits_timesteps
+    estimates = [_bits_of(model, part, spec.seed, timesteps, threads) for part in parts]
+    return float(np.concatenate(estimates).mean())
+
+
+def sampled_frechet(model: Model, dataset: Dataset, spec: Spec, store: Place, n: int) -> float:
+    """Frechet distance of n images drawn in this process; the feature network must be in the store."""
+    net = FeatureNet.load(_feature_place(dataset, spec.evaluate, spec.seed, store).read())
+    held_out, _ = Reader(dataset.split("held-out")).read_all()
+    n = min(n, len(held_out) // 2)
+    process, unet = model.build()
+    shape = (dataset.channels, dataset.image_size, dataset.image_size)
+    drawn = []
+    for start in range(0, n, spec.sample.chunk):
+        seeds = [noise.key(spec.sample.seed, "image", i) for i in range(start, start + spec.sample.chunk)]
+        images = sample(
+            process, unet, shape, seeds, sampler=spec.sample.sampler, steps=spec.sample.steps, eta=spec.sample.eta
+        )
+        drawn.append(to_pixels(images))
+    score = frechet_score(net, np.concatenate(drawn)[:n], held_out, seed=spec.seed, provenance={})
+    return score.value
+
+
+def _check_fits(model: Model, dataset: Dataset) -> None:
+    data = model.spec.data
+    if (data.image_size, data.channels) != (dataset.image_size, dataset.channels):
+        raise UserError(
+            f"--against {dataset.place}: images of {dataset.image_size} pixels and {dataset.channels} channels, "
+            f"the model draws {data.image_size} and {data.channels}"
+        )
+
+
+def _feature_place(dataset: Dataset, evaluate: Evaluate, seed: int, store: Place) -> Place:
+    fields = {"width": evaluate.feature_width, "epochs": evaluate.feature_epochs, "seed": seed, "format": 1}
+    return store / "features" / f"{identity({'dataset': dataset.digest, **fields})[:16]}.safetensors"
+
+
+def _train_feature_net(dataset: str, evaluate: Evaluate, seed: int) -> bytes:
+    images, labels = Reader(Dataset.open(Place.of(dataset)).split("train")).read_all()
+    width, epochs = evaluate.feature_width, evaluate.feature_epochs
+    return train_feature_net(images, labels, width=width, epochs=epochs, seed=seed, threads=1).save()
+
+
+def _bits_of(model: Model, images: np.ndarray, seed: int, timesteps: int, threads: int) -> np.ndarray:
+    import torch
+
+    torch.set_num_threads(threads)
+    process, unet = model.build()
+    return estimate_bits(process, unet, images, seed, timesteps_per_image=timesteps, batch=_BITS_BATCH)
+
+
+def _evaluation(net: FeatureNet, dataset: Dataset, frechet: Score, bits: Score) -> Evaluation:
+    held_out, labels = Reader(dataset.split("held-out")).read_all()
+    accuracy = net.accuracy(held_out, labels)
+    raise NotImplementedError(accuracy, frechet, bits)

@@ -1,0 +1,69 @@
+"""The pictures of a run: what it draws, how it gets there, what schedule it ran on, how its loss fell."""
+
+import numpy as np
+import torch
+
+from ddpm_core import noise, sample
+from pipelines import report
+from pipelines.data.manifest import Dataset
+from pipelines.data.pixels import to_model, to_pixels
+from pipelines.data.reader import Reader
+from pipelines.models import Model
+from pipelines.sample import Samples, read_samples
+from pipelines.spec import Spec
+from pipelines.store import Place
+from pipelines.train.run import Run
+
+GRID, TRAJECTORY, SCHEDULE, LOSS = "grid.png", "trajectory.png", "schedule.png", "loss.png"
+PICTURES = (GRID, TRAJECTORY, SCHEDULE, LOSS)
+_GRID_IMAGES = 64
+_FRAMES = 9
+
+
+def draw_pictures(spec: Spec, dataset: Dataset, model: Model, training: Run, samples: Samples) -> None:
+    """Write every picture of a finished run into its folder."""
+    process, _ = model.build()
+    (training.place / GRID).write(_grid(samples))
+    (training.place / TRAJECTORY).write(_trajectory(spec, dataset, model))
+    (training.place / SCHEDULE).write(report.schedule_curves(process.schedule))
+    rows = list(training.journal.read(training.last_step()))
+    images, losses = [row.images for row in rows], [row.exact["loss"] for row in rows]
+    (training.place / LOSS).write(report.loss_curve(images, losses))
+
+
+def draw_grid(samples: Samples) -> Place:
+    """Write the grid of a sampling job beside its shards."""
+    place = Place.of(samples.out) / GRID
+    place.write(_grid(samples))
+    return place
+
+
+def _grid(samples: Samples) -> bytes:
+    shown = np.concatenate(list(read_samples(samples, min(samples.n, _GRID_IMAGES))))
+    return report.grid(shown, columns=int(np.ceil(np.sqrt(len(shown)))))
+
+
+def _trajectory(spec: Spec, dataset: Dataset, model: Model) -> bytes:
+    """One held-out image on its way to noise, and noise on its way to the first sample."""
+    process, unet = model.build()
+    image = to_model(Reader(dataset.split("held-out")).read(np.array([0]), np.array([0]))[0])
+    eps = noise.normal([noise.key(spec.seed, "trajectory")], image.shape[1:])
+    forward_t = np.linspace(0, process.schedule.timesteps, _FRAMES).round().astype(int).tolist()
+    forward = [image if t == 0 else process.q_sample(image, torch.tensor([t]), eps) for t in forward_t]
+
+    seen: list[tuple[int, torch.Tensor]] = []
+    final = sample(
+        process,
+        unet,
+        shape=image.shape[1:],
+        seeds=[noise.key(spec.sample.seed, "image", 0)],
+        sampler=spec.sample.sampler,
+        steps=spec.sample.steps,
+        eta=spec.sample.eta,
+        callback=lambda index, t, x_t, x0: seen.append((t, x_t.clone())),
+    )
+    seen.append((0, final))
+    chosen = [seen[i] for i in np.linspace(0, len(seen) - 1, _FRAMES).round().astype(int)]
+    return report.trajectory(
+        to_pixels(torch.cat(forward)), forward_t, to_pixels(torch.cat([x for _, x in chosen])), [t for t, _ in chosen]
+    )

@@ -1,0 +1,323 @@
+"""Sweep schedule settings with Ray Tune: every trial is a training run like any other, ranked by what is comparable.
+
+Training losses of different schedules are sums over different noise levels and say nothing about each other, so trials
+are scored by bits/dim on the same held-out images, with the Frechet distance of their samples beside it.
+
+One-worker trials run the loop in Tune's own actor; larger ones start a Ray Train group from there. Which trials an
+early-stopping scheduler ends depends on the order in which they report; what each trial computes does not.
+"""
+
+import itertools
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ddpm_core import noise
+from pipelines.data.manifest import Dataset
+from pipelines.errors import UserError
+from pipelines.evaluate.job import feature_net, held_out_bits, sampled_frechet
+from pipelines.models import of_checkpoint
+from pipelines.session import Session
+from pipelines.spec import Spec, Sweep, dump_spec, parse_spec, set_field
+from pipelines.steps import Step
+from pipelines.store import Place, identity
+from pipelines.train.driver import fit
+from pipelines.train.loop import Trainer, train
+from pipelines.train.run import Run
+
+METRIC = "bits_per_dim"
+CLOCK = "images"
+_TRIAL_CPU = 0.01
+"""CPUs of a trial that only starts a group of workers; Tune refuses none at all."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting and how it did."""
+
+    run: str
+    parameters: dict[str, Any]
+    images: int
+    """Images that it trained on."""
+    bits_per_dim: float
+    frechet: float | None
+    """None where it was stopped early."""
+    finished: bool
+    error: str | None = None
+
+
+def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
+    """The sweep as a step: the same spec and data are swept once."""
+    if spec.sweep is None:
+        raise UserError("sweep: this spec has no `sweep:` section, add one with the parameters to try")
+    trials = trial_specs(spec)
+    inputs = {
+        "name": spec.name,
+        "dataset": dataset.digest,
+        "trials": [trial.training_fields() for _, trial in trials],
+        "images": spec.train.total_steps * spec.train.global_batch,
+        "sweep": spec.sweep.model_dump(mode="json"),
+        "evaluate": spec.evaluate.model_dump(mode="json"),
+        "sampling": spec.sample.model_dump(mode="json", exclude={"workers", "n"}),
+        "tracking": session.tracking_uri,
+    }
+    name = f"{spec.name}-{identity(inputs)[:12]}"
+
+    def work() -> dict[str, Any]:
+        ranking = sweep(spec, dataset, session, name)
+        best = ranking[0]
+        winner = session.store / "sweeps" / name / "winner.yaml"
+        settings = next(trial for parameters, trial in trials if parameters == best.parameters)
+        winner.write(dump_spec(settings).encode())
+        return {
+            "sweep": name,
+            "winner": str(winner),
+            "ranking": [{**asdict(trial), "setting": words(trial.parameters)} for trial in ranking],
+            "summary": f"{len(ranking)} trials, best {words(best.parameters)}",
+        }
+
+    return Step(
+        name="sweep",
+        inputs=inputs,
+        work=work,
+        needs=lambda outputs: Place.of(outputs["winner"]).exists(),
+        doing=f"{len(trials)} trials, {spec.sweep.concurrent} at a time",
+    )
+
+
+def trial_specs(spec: Spec) -> list[tuple[dict[str, Any], Spec]]:
+    """Every trial's parameters and full spec. UserError, before anything starts, where one is not valid."""
+    sweep = spec.sweep
+    assert sweep is not None
+    trials = []
+    for parameters in _grid(sweep) if sweep.search == "grid" else _draws(sweep, spec.seed):
+        fields = spec.model_dump(mode="json", exclude={"sweep"})
+        for name, value in parameters.items():
+            if name.split(".")[0] not in ("diffusion", "model", "train", "seed"):
+                raise UserError(f"sweep.parameters: {name} cannot be swept, only fields of diffusion, model and train")
+            fields = set_field(fields, name, value)
+        trials.append((parameters, parse_spec(fields, f"sweep trial {words(parameters)}")))
+    return trials
+
+
+def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Trial]:
+    """Train and score every trial; finished ones first, by bits/dim. RuntimeError where none finished."""
+    assert spec.sweep is not None
+    session.cluster.connect()
+    from ray import tune
+
+    trials = trial_specs(spec)
+    for _, trial in trials:
+        run = Run.of(trial, dataset.digest, session.store)
+        run.describe(trial, dataset.digest)
+    feature_net(dataset, spec.evaluate, spec.seed, session)
+    folder = session.store / "sweeps" / name
+    setting = {
+        "dataset": str(dataset.place),
+        "store": str(session.store),
+        "frechet_images": spec.sweep.frechet_images,
+    }
+    tuner = tune.Tuner(
+        tune.with_resources(_trial, _resources(spec)),
+        param_space={
+            "trial": tune.grid_search([trial.model_dump(mode="json") for _, trial in trials]),
+            **setting,
+        },
+        tune_config=tune.TuneConfig(
+            metric=METRIC,
+            mode="min",
+            max_concurrent_trials=_concurrent(spec, session),
+            scheduler=_scheduler(spec),
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder / "ray"),
+            verbose=0,
+            callbacks=[_progress(session, len(trials))],
+            failure_config=tune.FailureConfig(max_failures=1),
+        ),
+    )
+    shutil.rmtree((folder / "ray").path, ignore_errors=True)
+    results = tuner.fit()
+    ranking = sorted((_outcome(result, trials) for result in results), key=_rank)
+    _track(spec, dataset, session, name, trials, ranking)
+    shutil.rmtree((folder / "ray").path, ignore_errors=True)
+    if not ranking[0].finished:
+        raise RuntimeError(f"no trial finished: {next((t.error for t in ranking if t.error), 'all were stopped')}")
+    return ranking
+
+
+def _grid(sweep: Sweep) -> list[dict[str, Any]]:
+    return [
+        dict(zip(sweep.parameters, values, strict=True)) for values in itertools.product(*sweep.parameters.values())
+    ]
+
+
+def _draws(sweep: Sweep, seed: int) -> list[dict[str, Any]]:
+    """Distinct random points of the grid, keyed by the spec's seed."""
+    grid = _grid(sweep)
+    assert sweep.trials is not None
+    if sweep.trials > len(grid):
+        raise UserError(f"sweep.trials: {sweep.trials} asked, but the parameters have only {len(grid)} combinations")
+    keys = noise.bits([noise.key(seed, "sweep")], len(grid))[0].tolist()
+    chosen = sorted(range(len(grid)), key=lambda i: (keys[i], i))[: sweep.trials]
+    return [grid[i] for i in chosen]
+
+
+# --- inside a trial ---
+
+
+def _trial(config: Mapping[str, Any]) -> None:
+    """Train one trial, reporting its held-out bits/dim at every checkpoint, then score its samples."""
+    spec = parse_spec(config["trial"])
+    dataset, store = Dataset.open(Place.of(config["dataset"])), Place.of(config["store"])
+    run = Run.of(spec, dataset.digest, store)
+    if spec.train.workers == 1:
+        with run.driving():
+            train(spec, dataset, run, at_checkpoint=_report)
+    else:
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+        with run.driving():
+            fit(spec, dataset, run, callbacks=[TuneReportCallback()], at_checkpoint=_report_from_worker)
+    model = of_checkpoint(run, spec.train.total_steps)
+    bits = held_out_bits(model, dataset, spec)
+    frechet = sampled_frechet(model, dataset, spec, store, config["frechet_images"])
+    _tune_report(
+        {CLOCK: spec.train.total_steps * spec.train.global_batch, METRIC: bits, "frechet": frechet, "finished": 1}
+    )
+
+
+def _report(trainer: Trainer) -> None:
+    if trainer.step < trainer.spec.train.total_steps:  # the last score is reported with the Frechet distance
+        _tune_report(_figures(trainer))
+
+
+def _report_from_worker(trainer: Trainer) -> None:
+    """The same from inside a group: every rank reports, as Ray Train wants it, and rank 0's figures count."""
+    import ray.train
+
+    ray.train.report(_figures(trainer) if trainer.world.rank == 0 else {})
+
+
+def _figures(trainer: Trainer) -> dict[str, float]:
+    model = of_checkpoint(trainer.run, trainer.step)
+    bits = held_out_bits(model, trainer.dataset, trainer.spec)
+    return {CLOCK: trainer.images, METRIC: bits, "finished": 0}
+
+
+def _tune_report(figures: Mapping[str, float]) -> None:
+    from ray import tune
+
+    tune.report(dict(figures))
+
+
+# --- around the trials ---
+
+
+def _resources(spec: Spec) -> dict[str, float]:
+    return {"CPU": spec.train.threads if spec.train.workers == 1 else _TRIAL_CPU}
+
+
+def _concurrent(spec: Spec, session: Session) -> int:
+    """Trials at a time: no more than fit, or the groups would wait for CPUs that waiting trials hold."""
+    assert spec.sweep is not None
+    need = spec.train.threads * spec.train.workers + (_TRIAL_CPU if spec.train.workers > 1 else 0)
+    fit = math.floor(session.cluster.cpus() / need)
+    if fit < 1 and not spec.train.oversubscribe:
+        raise UserError(
+            f"sweep: a trial of {spec.train.workers} workers needs {need:g} CPUs, the cluster has "
+            f"{session.cluster.cpus()}: lower train.workers or train.threads"
+        )
+    return max(1, min(spec.sweep.concurrent, fit))
+
+
+def _scheduler(spec: Spec) -> Any:
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    assert spec.sweep is not None
+    stop = spec.sweep.early_stop
+    if stop is None:
+        return FIFOScheduler()
+    # Rungs on the images-seen clock: Tune's own iteration starts again where a trial is retried.
+    return ASHAScheduler(
+        time_attr=CLOCK,
+        max_t=spec.train.total_steps * spec.train.global_batch + 1,
+        grace_period=stop.grace_images,
+        reduction_factor=stop.reduction,
+    )
+
+
+def _progress(session: Session, total: int) -> Any:
+    from ray.tune import Callback
+
+    class Tell(Callback):
+        """Trials ended so far."""
+
+        def __init__(self) -> None:
+            self.ended = 0
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self.ended += 1
+            session.progress.advance(self.ended, total, "trials")
+
+    return Tell()
+
+
+def _outcome(result: Any, trials: Sequence[tuple[dict[str, Any], Spec]]) -> Trial:
+    fields = result.config["trial"]
+    spec = parse_spec(fields)
+    parameters = next(p for p, trial in trials if trial == spec)
+    metrics = result.metrics or {}
+    dataset = Dataset.open(Place.of(result.config["dataset"]))
+    return Trial(
+        run=Run.of(spec, dataset.digest, Place.of(result.config["store"])).name,
+        parameters=parameters,
+        images=int(metrics.get(CLOCK, 0)),
+        bits_per_dim=float(metrics.get(METRIC, math.inf)),
+        frechet=metrics.get("frechet"),
+        finished=bool(metrics.get("finished")),
+        error=str(result.error).splitlines()[-1] if result.error else None,
+    )
+
+
+def _rank(trial: Trial) -> tuple[bool, float]:
+    bits = trial.bits_per_dim
+    return (not trial.finished, math.inf if math.isnan(bits) else bits)
+
+
+def _track(
+    spec: Spec,
+    dataset: Dataset,
+    session: Session,
+    name: str,
+    trials: Sequence[tuple[dict[str, Any], Spec]],
+    ranking: Sequence[Trial],
+) -> None:
+    """A parent run for the sweep, a child run a trial with its metrics."""
+    tracker = session.tracker
+    parent = tracker.parent_run(name, {"ddpm.sweep": name, "ddpm.dataset_digest": dataset.digest})
+    specs = {Run.of(trial, dataset.digest, session.store).name: trial for _, trial in trials}
+    for place, trial in enumerate(ranking, start=1):
+        run = Run(session.store / "runs" / trial.run)
+        run_id = tracker.run_id(run, specs[trial.run], dataset, parent=parent)
+        tracker.ship(run, spec.train.log_every, final=True)
+        figures = {METRIC: trial.bits_per_dim, "frechet": trial.frechet}
+        step = trial.images // spec.train.global_batch
+        tracker.scores(run_id, {k: v for k, v in figures.items() if v is not None and math.isfinite(v)}, step)
+        tracker.finish(run_id, {"ddpm.rank": str(place), "ddpm.finished": str(trial.finished)})
+    tracker.json(parent, "ranking.json", [asdict(trial) for trial in ranking])
+    tracker.finish(parent, {"ddpm.winner": ranking[0].run})
+
+
+def words(parameters: Mapping[str, Any]) -> str:
+    """A trial's parameters as people say them: `schedule linear beta_end 0.01`."""
+    return ", ".join(f"{name.split('.')[-1]} {_short(value)}" for name, value in parameters.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(str(v) if k == "kind" else f"{k} {v}" for k, v in value.items())
+    return str(value)

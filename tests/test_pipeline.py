@@ -1,0 +1,217 @@
+"""The main job on a tiny spec, through real Ray, real shards and a real MLflow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.cluster import Cluster
+from pipelines.data.manifest import Dataset
+from pipelines.errors import Refused, UserError
+from pipelines.models import find_model, of_checkpoint
+from pipelines.pipeline import Result, run, run_training
+from pipelines.progress import Progress
+from pipelines.registry.register import list_models
+from pipelines.session import Session, open_session
+from pipelines.store import Place
+from pipelines.train.loop import train
+from pipelines.train.run import Run
+from tests.conftest import tiny_spec, write_spec
+
+SPEC = tiny_spec(train__workers=2, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipeline") / "store"
+
+
+@pytest.fixture(scope="module")
+def shared(cluster: Cluster, store: Path) -> Session:
+    return open_session(cluster, Progress(), SPEC, storage=str(store))
+
+
+@pytest.fixture(scope="module")
+def result(shared: Session) -> Result:
+    return run(SPEC, shared)
+
+
+def test_every_step_was_done_and_the_champion_is_registered(result: Result, shared: Session) -> None:
+    assert result.steps_done == ["ingest", "train", "evaluate", "sample", "register", "promote"]
+    (model,) = list_models(shared.tracking_uri, "tiny")
+    assert model["aliases"] == {"champion": result.version}
+    decision = json.loads(model["versions"][-1]["tags"]["decision"])
+    assert decision["promoted"]
+    assert {v["gate"] for v in decision["verdicts"]} == {"frechet_over_floor", "feature_accuracy"}
+
+
+def test_the_second_run_does_nothing_and_starts_no_cluster(result: Result, shared: Session) -> None:
+    class NoCluster(Cluster):
+        def connect(self) -> None:
+            raise AssertionError("a run with nothing to do must not start Ray")
+
+    again = run(SPEC, replace(shared, cluster=NoCluster(None)))
+    assert again.steps_done == []
+    assert (again.version, again.samples) == (result.version, result.samples)
+
+
+def test_a_changed_field_runs_only_what_depends_on_it(result: Result, shared: Session) -> None:
+    more = run(tiny_spec(train__workers=2, sample__n=40), shared)
+    assert more.steps_skipped == ["ingest", "train", "evaluate"]
+    stricter = tiny_spec(train__workers=2, promote__frechet_over_floor=1e-9)
+    with pytest.raises(Refused, match="frechet_over_floor"):
+        run(stricter, shared)
+    with pytest.raises(Refused):  # a refusal is not a done step
+        run(stricter, shared)
+
+
+def test_pictures_and_samples_are_there(result: Result) -> None:
+    folder = Path(result.folder)
+    for name in ("grid.png", "trajectory.png", "schedule.png", "loss.png"):
+        assert min(Image.open(folder / name).size) > 50
+    assert result.samples["n"] == 30
+
+
+def test_mlflow_has_every_step_once_with_lineage_and_pictures(result: Result, shared: Session) -> None:
+    client = shared.tracker.client()
+    version = client.get_model_version("tiny", str(result.version))
+    mlflow_run = client.get_run(version.run_id)
+    assert mlflow_run.info.status == "FINISHED"
+    assert mlflow_run.data.params["diffusion.schedule.kind"] == "cosine"
+    (lineage,) = mlflow_run.inputs.dataset_inputs
+    assert mlflow_run.data.tags["ddpm.dataset_digest"].startswith(lineage.dataset.digest)
+    history = client.get_metric_history(version.run_id, "loss")
+    assert [m.step for m in history] == list(range(2, 21, 2))
+    rows = {row.step: row.exact["loss"] for row in Run(shared.store / "runs" / result.run).journal.read(20)}
+    assert history[0].value == pytest.approx((rows[1] + rows[2]) / 2, rel=1e-12)
+    names = {artifact.path for artifact in client.list_artifacts(version.run_id)}
+    assert {"grid.png", "trajectory.png", "schedule.png", "loss.png", "scores.json"} <= names
+
+
+def test_the_registered_model_is_the_checkpoint_and_loads_without_unpickling(
+    result: Result, shared: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pickle
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr(pickle, "load", refuse)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    champion = find_model("tiny@champion", shared.store, shared.tracker)
+    training = Run(shared.store / "runs" / result.run)
+    assert champion.digest == of_checkpoint(training, training.last_step()).digest
+    assert champion.spec == SPEC
+
+
+def test_the_registered_model_predicts_through_mlflow(result: Result, shared: Session) -> None:
+    import mlflow
+    import pandas
+
+    mlflow.set_tracking_uri(shared.tracking_uri)
+    model = mlflow.pyfunc.load_model(f"models:/tiny/{result.version}")
+    images = model.predict(pandas.DataFrame({"seed": [1, 2, 3]}))
+    assert images.shape == (3, 8, 8, 1)
+    assert images.dtype == np.uint8
+    assert not np.array_equal(images[0], images[1])
+
+
+def test_scores_carry_their_provenance(result: Result) -> None:
+    scores = {score["name"]: score for score in result.scores}
+    frechet = scores["frechet"]["provenance"]
+    for field in ("n", "dataset_digest", "model_digest", "sampler", "steps", "floor", "features_digest"):
+        assert frechet[field], field
+    assert (
+        scores["bits_per_dim"]["interval"][0] < scores["bits_per_dim"]["value"] < scores["bits_per_dim"]["interval"][1]
+    )
+
+
+def drive(spec: Path, store: Path, address: str) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-m",
+        "jobs",
+        "train",
+        str(spec),
+        "--storage",
+        str(store),
+        "--set",
+        f"ray.address={address}",
+    ]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for_checkpoint(store: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not list(store.glob("runs/*/checkpoints/0*/MANIFEST.json")):
+        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_driver_is_picked_up_again_to_the_same_bits(
+    cluster: Cluster, ray_address: str, tmp_path: Path
+) -> None:
+    """SIGKILL in the middle of training; a second driver is refused while the first lives."""
+    fields = {"train__workers": 2, "train__images": 12_800, "train__checkpoint_every": 5}
+    spec, store = tiny_spec(**fields), tmp_path / "store"
+    process = drive(write_spec(tmp_path / "spec.yaml", **fields), store, ray_address)
+    wait_for_checkpoint(store, process)
+    session = open_session(cluster, Progress(), spec, storage=str(store))
+    with pytest.raises(UserError, match=f"is being driven by process {process.pid} "):
+        run_training(spec, session)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (folder,) = (store / "runs").iterdir()
+    killed = Run(session.store / "runs" / folder.name)
+    assert 0 < killed.last_step() < 400
+    outputs = run_training(spec, session)
+    assert outputs["attempts"] == 2
+
+    dataset = Dataset.open(session.store / "datasets" / (session.store / "datasets").list()[0])
+    alone = Run.of(spec, dataset.digest, Place.of(tmp_path / "alone"))
+    alone.describe(spec, dataset.digest)
+    train(spec, dataset, alone)  # one process, no Ray
+    assert alone.checkpoints.digests(400)["model.safetensors"] == outputs["model_sha256"]
+    assert alone.checkpoints.digests(400)["ema.safetensors"] == outputs["ema_sha256"]
+    rows = [(row.step, row.exact) for row in killed.journal.read(400)]
+    assert rows == [(row.step, row.exact) for row in alone.journal.read(400)]
+    assert len(rows) == 400
+
+
+def test_a_killed_worker_is_replaced_and_the_bits_are_the_same(
+    cluster: Cluster, session: Session, tmp_path: Path
+) -> None:
+    spec = tiny_spec(train__workers=2, train__images=12_800, train__checkpoint_every=5)
+    killed: list[int] = []
+
+    class Killer(Progress):
+        def advance(self, done: int, total: int, unit: str, rate: float | None = None, **figures: float) -> None:
+            if unit == "images" and figures and not killed:
+                killed.append(one_train_worker())
+                os.kill(killed[0], signal.SIGKILL)
+
+    outputs = run_training(spec, replace(session, progress=Killer()))
+    assert killed
+    assert outputs["attempts"] == 2
+    dataset = Dataset.open(session.store / "datasets" / (session.store / "datasets").list()[0])
+    alone = Run.of(spec, dataset.digest, Place.of(tmp_path / "alone"))
+    alone.describe(spec, dataset.digest)
+    train(spec, dataset, alone)
+    assert alone.checkpoints.digests(400)["model.safetensors"] == outputs["model_sha256"]
+
+
+def one_train_worker() -> int:
+    """Process id of a Ray Train worker of this session."""
+    from ray.util.state import list_actors
+
+    actors = [a for a in list_actors(filters=[("state", "=", "ALIVE")]) if a.class_name == "RayTrainWorker"]
+    return int(actors[0].pid)

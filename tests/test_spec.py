@@ -1,0 +1,80 @@
+"""The spec: what is read is what was written, and each mistake is one line that names field and fix."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.errors import UserError
+from pipelines.spec import dump_spec, load_spec, parse_spec
+from tests.conftest import tiny_fields, tiny_spec, write_spec
+
+PRESETS = sorted((Path(__file__).parent.parent / "jobs" / "presets").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.name)
+def test_presets_are_valid(path: Path) -> None:
+    spec = load_spec(path)
+    assert parse_spec(yaml.safe_load(dump_spec(spec))) == spec
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.imagse=3", "unknown field train.imagse: did you mean train.images?"),
+        ("trian.images=3", "unknown field trian: did you mean train?"),
+        ("diffusion.schedule.betastart=3", "did you mean diffusion.schedule.beta_start?"),
+        ("train.images=many", "train.images: "),
+        ("train.images=1.5", "train.images: "),
+        ("train.slots=3", "train.slots: 3 is not a power of two"),
+        ("train.workers=3", "train.workers: 3 does not divide train.slots = 4"),
+        ("train.global_batch=30", "train.global_batch: 30 is not a multiple of train.slots = 4"),
+        ("data.image_size=7", "data.image_size: 7 is not divisible by 2"),
+        ("diffusion.schedule.kind=bent", "diffusion.schedule: "),
+        ("data=3", "data: "),
+        ("name=../up", "name: "),
+        ("model.attention=[5]", "model.attention: there is no level 5"),
+    ],
+)
+def test_a_mistake_is_one_line_naming_field_and_fix(tmp_path: Path, override: str, message: str) -> None:
+    path = write_spec(tmp_path / "spec.yaml")
+    with pytest.raises(UserError) as caught:
+        load_spec(path, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_field_missing_file_and_no_yaml(tmp_path: Path) -> None:
+    fields = tiny_fields()
+    del fields["train"]["images"]
+    with pytest.raises(UserError, match=r"train\.images: this field is required"):
+        parse_spec(fields)
+    with pytest.raises(UserError, match="no such spec file"):
+        load_spec(tmp_path / "absent.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_spec(bad)
+    bad.write_text("- 1")
+    with pytest.raises(UserError, match="mapping of fields"):
+        load_spec(bad)
+
+
+def test_override_reaches_a_nested_field_and_reads_numbers_as_yaml_1_2(tmp_path: Path) -> None:
+    path = write_spec(tmp_path / "spec.yaml")
+    spec = load_spec(path, ["train.learning_rate=1e-4", "diffusion.schedule={kind: cosine, s: 0.01}"])
+    assert spec.train.learning_rate == 1e-4
+    assert spec.diffusion.schedule.model_dump() == {"kind": "cosine", "s": 0.01}
+
+
+def test_identity_of_training_leaves_out_where_and_how_long() -> None:
+    same = tiny_spec(train__workers=2, train__images=6400, train__checkpoint_every=7, sample__n=5, name="other")
+    assert same.training_fields() == tiny_spec().training_fields()
+    for other in (
+        tiny_spec(seed=8),
+        tiny_spec(train__threads=2),
+        tiny_spec(train__slots=8),
+        tiny_spec(diffusion__predict="v"),
+        tiny_spec(data__flip=True),
+    ):
+        assert other.training_fields() != tiny_spec().training_fields()

@@ -1,0 +1,100 @@
+"""The store writes whole files or none, notices damage, and lets one driver in at a time."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.store import MANIFEST, DamageError, Place, check_writable
+
+
+def test_write_replaces_whole_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    file = Place.of(tmp_path) / "a" / "b.txt"
+    file.write(b"one")
+    file.write(b"two")
+    assert file.read() == b"two"
+    assert os.listdir(tmp_path / "a") == ["b.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Place.of(tmp_path) / "b.txt"
+    file.write(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        file.write(b"new")
+    monkeypatch.undo()
+    assert file.read() == b"old"
+    assert os.listdir(tmp_path) == ["b.txt"]
+
+
+def test_folder_is_read_back_and_damage_is_named(tmp_path: Path) -> None:
+    folder = Place.of(tmp_path) / "step"
+    files = {"x": b"12345", "y": b"678"}
+    folder.commit_folder(files)
+    assert folder.read_folder() == files
+    assert folder.read_folder("y") == {"y": b"678"}
+    (folder / "x").path.write_bytes(b"12355")
+    with pytest.raises(DamageError, match="x does not match"):
+        folder.read_folder()
+    (folder / "x").path.unlink()
+    with pytest.raises(DamageError, match="x is missing"):
+        folder.read_folder("x")
+    (folder / MANIFEST).path.write_text("{")
+    with pytest.raises(DamageError, match="not JSON"):
+        folder.read_folder()
+    (folder / MANIFEST).path.write_text('{"format": 99, "files": {}}')
+    with pytest.raises(DamageError, match="format 99"):
+        folder.read_folder()
+
+
+def test_temporaries_are_invisible_and_swept(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-abc").mkdir()
+    (tmp_path / ".tmp-abc" / "x").write_text("half")
+    (tmp_path / ".tmp-def").write_text("half")
+    place = Place.of(tmp_path)
+    assert place.list() == []
+    place.sweep_temporaries()
+    assert os.listdir(tmp_path) == []
+
+
+def test_claim_is_given_once(tmp_path: Path) -> None:
+    file = Place.of(tmp_path) / "0001"
+    assert file.claim(b"me")
+    assert not file.claim(b"you")
+    assert file.read() == b"me"
+
+
+def _hold(path: str, ready: "multiprocessing.synchronize.Event") -> None:
+    with (Place.of(path) / "lock").lock("run r"):
+        ready.set()
+        signal.pause()
+
+
+def test_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(str(tmp_path), ready))
+    holder.start()
+    assert ready.wait(30)
+    lock = Place.of(tmp_path) / "lock"
+    with pytest.raises(UserError, match=f"run r is being driven by process {holder.pid} "), lock.lock("run r"):
+        pass
+    holder.kill()
+    holder.join()
+    with lock.lock("run r"):
+        pass
+
+
+def test_unwritable_store_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there"):
+        check_writable(Place.of(tmp_path / "file" / "store"))
+    with pytest.raises(UserError, match="only local folders"):
+        Place.of("s3://bucket/store")

@@ -1,0 +1,156 @@
+"""Training is a pure function of spec and data: the same bits for any number of workers, and after any stop."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from ddpm_core import noise
+from pipelines.build import build_model, build_process
+from pipelines.data.ingest import ingest
+from pipelines.data.manifest import Dataset
+from pipelines.data.order import slot_positions
+from pipelines.data.reader import Reader
+from pipelines.spec import Spec
+from pipelines.store import Place
+from pipelines.train.loop import Outcome, Trainer, World, train, train_from_config
+from pipelines.train.run import Run
+from tests.conftest import tiny_spec
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    data = tiny_spec().data
+    out = Place.of(tmp_path_factory.mktemp("data") / "digits")
+    return ingest(
+        data.source,
+        out,
+        image_size=data.image_size,
+        channels=data.channels,
+        held_out=data.held_out,
+        shard_images=data.shard_images,
+    )
+
+
+def make_run(spec: Spec, dataset: Dataset, store: Path) -> Run:
+    run = Run.of(spec, dataset.digest, Place.of(store))
+    run.describe(spec, dataset.digest)
+    return run
+
+
+def _rank(rank: int, size: int, config: dict[str, object], folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    train_from_config(config, World(rank, size))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Outcome]:
+    """One worker, no stop."""
+    run = make_run(tiny_spec(), dataset, tmp_path_factory.mktemp("one"))
+    return run, train(tiny_spec(), dataset, run)
+
+
+def exact_rows(run: Run) -> list[tuple[int, dict[str, float]]]:
+    return [(row.step, row.exact) for row in run.journal.read(10**9)]
+
+
+def test_two_workers_make_the_same_bits_as_one(
+    dataset: Dataset, undisturbed: tuple[Run, Outcome], tmp_path: Path
+) -> None:
+    spec = tiny_spec(train__workers=2)
+    run = make_run(spec, dataset, tmp_path)
+    config = {"spec": spec.model_dump(mode="json"), "dataset": str(dataset.place), "run": str(run.place)}
+    torch.multiprocessing.spawn(_rank, (2, config, str(tmp_path)), nprocs=2)
+    alone, outcome = undisturbed
+    assert run.name == alone.name
+    for name in ("model", "ema", "optimizer"):
+        ours, theirs = run.checkpoints.digests(outcome.step), alone.checkpoints.digests(outcome.step)
+        assert ours[f"{name}.safetensors"] == theirs[f"{name}.safetensors"], name
+    assert exact_rows(run) == exact_rows(alone)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    dataset: Dataset, undisturbed: tuple[Run, Outcome], tmp_path: Path
+) -> None:
+    alone, outcome = undisturbed
+    run = make_run(tiny_spec(), dataset, tmp_path)
+
+    def die(trainer: Trainer) -> None:
+        trainer.take_step(stream := trainer.stream())  # a step that no checkpoint holds
+        stream.close()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_spec(), dataset, run, at_checkpoint=die)
+    assert run.checkpoints.steps() == [5]
+    resumed = train(tiny_spec(), dataset, run)
+    assert (resumed.step, resumed.attempt) == (outcome.step, 2)
+    assert (
+        run.checkpoints.digests(resumed.step)["model.safetensors"]
+        == (alone.checkpoints.digests(outcome.step)["model.safetensors"])
+    )
+    assert exact_rows(run) == exact_rows(alone)
+
+
+def test_a_longer_run_continues_a_shorter_one(
+    dataset: Dataset, undisturbed: tuple[Run, Outcome], tmp_path: Path
+) -> None:
+    alone, outcome = undisturbed
+    run = make_run(tiny_spec(), dataset, tmp_path)
+    train(tiny_spec(train__images=200, train__checkpoint_every=3), dataset, run)
+    assert run.checkpoints.steps()[-1] == 7  # 200 images are 6.25 batches: a whole one more
+    train(tiny_spec(), dataset, run)
+    assert (
+        run.checkpoints.digests(outcome.step)["ema.safetensors"]
+        == (alone.checkpoints.digests(outcome.step)["ema.safetensors"])
+    )
+
+
+def test_the_first_step_is_what_the_contract_says(
+    dataset: Dataset, undisturbed: tuple[Run, Outcome], tmp_path: Path
+) -> None:
+    """The same step with torch's own tools: one batch in contract order, one backward, stock AdamW."""
+    spec = tiny_spec()
+    process, model = build_process(spec.diffusion), build_model(spec)
+    reader, order = Reader(dataset.split("train")), dataset.split("train").order(spec.data.window, spec.seed)
+    losses = []
+    for slot in range(4):
+        pixels, _ = reader.read(*order.locate(slot_positions(0, slot, 4, 32)))
+        x0 = torch.from_numpy(pixels.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
+        t = noise.integers([noise.key(spec.seed, "timestep", 0, slot)], 8, 1, 50)[0]
+        eps = noise.normal([noise.key(spec.seed, "eps", 0, slot)], (8, 1, 8, 8))[0]
+        losses.append(((model(process.q_sample(x0, t, eps), t - 1) - eps) ** 2).mean())
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.optim.AdamW(model.parameters(), lr=spec.train.learning_rate, weight_decay=0.0).step()
+
+    run = make_run(spec, dataset, tmp_path)
+    train(tiny_spec(train__images=32, train__log_every=1), dataset, run)
+    row = next(iter(run.journal.read(1)))
+    assert row.exact["loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert row.exact["gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
+    trained = run.checkpoints.load(1).model
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_training_learns(undisturbed: tuple[Run, Outcome]) -> None:
+    rows = [exact["loss"] for _, exact in exact_rows(undisturbed[0])]
+    assert sum(rows[-5:]) < 0.7 * sum(rows[:5])
+
+
+def test_flips_are_keyed_and_change_the_run(dataset: Dataset, tmp_path: Path) -> None:
+    digests = []
+    for place in ("a", "b"):
+        spec = tiny_spec(data__flip=True, train__images=64)
+        run = make_run(spec, dataset, tmp_path / place)
+        train(spec, dataset, run)
+        digests.append(run.checkpoints.digests(2)["model.safetensors"])
+    plain = make_run(tiny_spec(train__images=64), dataset, tmp_path / "c")
+    train(tiny_spec(train__images=64), dataset, plain)
+    assert digests[0] == digests[1] != plain.checkpoints.digests(2)["model.safetensors"]
