@@ -19,7 +19,7 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#2f5d8a", "#d9822b", "#4f8a5b", "#9aa5b1"
 
 
 def grid(images: Pixels, columns: int, scale: int | None = None) -> bytes:
-    """Images uint8 [N, H, W, C] in rows of `columns`, each pixel `scale` pixels wide (by default to about 64 a side)."""
+    """Images uint8 [N, H, W, C] in rows of `columns`, each pixel `scale` pixels wide (by default, some 64 a side)."""
     n, height, width, channels = images.shape
     if n < 1 or columns < 1:
         raise ValueError(f"a grid needs an image and a column, not {n} and {columns}")

@@ -2,27 +2,30 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 
 from pipelines.cluster import Cluster
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Refused, UserError
-from pipelines.models import find_model, of_checkpoint
+from pipelines.models import Model, find_model, of_checkpoint
 from pipelines.pipeline import Result, run, run_training
 from pipelines.progress import Progress
 from pipelines.registry.register import list_models
 from pipelines.session import Session, open_session
-from pipelines.store import Place
+from pipelines.store import Place, sha256
 from pipelines.train.loop import train
 from pipelines.train.run import Run
 from tests.conftest import tiny_spec, write_spec
@@ -97,20 +100,33 @@ def test_mlflow_has_every_step_once_with_lineage_and_pictures(result: Result, sh
     assert {"grid.png", "trajectory.png", "schedule.png", "loss.png", "scores.json"} <= names
 
 
-def test_the_registered_model_is_the_checkpoint_and_loads_without_unpickling(
-    result: Result, shared: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import pickle
-
-    def refuse(*arguments: object, **options: object) -> None:
-        raise AssertionError("unpickled")
-
-    monkeypatch.setattr(pickle, "load", refuse)
-    monkeypatch.setattr(pickle, "loads", refuse)
+def test_the_registered_model_is_the_checkpoint(result: Result, shared: Session) -> None:
     champion = find_model("tiny@champion", shared.store, shared.tracker)
     training = Run(shared.store / "runs" / result.run)
     assert champion.digest == of_checkpoint(training, training.last_step()).digest
     assert champion.spec == SPEC
+
+
+def test_the_artifact_is_safetensors_and_json_and_a_pickle_in_its_place_is_not_opened(
+    result: Result, shared: Session
+) -> None:
+    champion = find_model(f"tiny@{result.version}", shared.store, shared.tracker)
+    stored = {path.suffix for path in shared.store.path.glob("mlflow-artifacts/models/*/artifacts/artifacts/*")}
+    assert stored == {".safetensors", ".json"}
+    pickled = pickle.dumps(Unpickled())
+    poisoned = {**champion.config(), "model_digest": sha256(pickled)}
+    with pytest.raises(SafetensorError):
+        Model.from_config(poisoned, pickled, "test").build()
+    assert not Unpickled.happened
+
+
+class Unpickled:
+    """Leaves a trace where somebody unpickles it."""
+
+    happened: ClassVar[list[bool]] = []
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Unpickled.happened.append, (True,)
 
 
 def test_the_registered_model_predicts_through_mlflow(result: Result, shared: Session) -> None:

@@ -22,7 +22,8 @@ from pipelines.spec import Spec
 from pipelines.store import identity
 
 _STOP_SETTINGS = {
-    # Ray's way to end a job is SIGTERM, then SIGKILL after 3 s; ours then closes its run and leaves the cluster.
+    # To be stopped is to be interrupted: the command closes its run and leaves the cluster. Ray's SIGTERM would end it
+    # on the spot, with a dump of the stack, because Ray's core puts a handler of its own in place of ours.
     "RAY_JOB_STOP_SIGNAL": "SIGINT",
     "RAY_JOB_STOP_WAIT_TIME_S": "20",
 }

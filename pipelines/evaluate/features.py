@@ -14,6 +14,7 @@ the features may depend on `batch` and on torch's threads.
 """
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ class FeatureNet(nn.Module):
         # skip_init: torch's own initialisation would draw from, and move, the global generator.
         self.convolutions = nn.ModuleList(
             nn.utils.skip_init(nn.Conv2d, fan_in, fan_out, 3, padding=1)
-            for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+            for fan_in, fan_out in itertools.pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in widths[1:])
         self.classifier = nn.utils.skip_init(nn.Linear, config.width, config.classes)
