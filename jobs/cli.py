@@ -154,7 +154,8 @@ def evaluate(
         session.progress.start("evaluate", found.origin)
         evaluation = evaluate_model(found, Dataset.open(Place.of(against)), found.spec, session)
         session.progress.finish("evaluate", evaluation.summary())
-    _print(as_json, evaluation.to_json(), lambda: show_scores(evaluation.to_json()["scores"]))
+    result = evaluation.to_json()
+    _print(as_json, result, lambda: show_scores(result["scores"], result["evidence"]))
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """What a person reads when a verb is over."""
 
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -11,10 +12,10 @@ from pipelines.pipeline import Result
 
 def show_run(result: Result, ui_command: str) -> None:
     """The end of the main job: scores, champion, where the pictures lie, how to see more."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     if not result.steps_done:
         console.print("Nothing to do: every step of this spec is done.")
-    show_scores(result.scores)
+    show_scores(result.scores, result.evidence)
     console.print(f"champion   {result.name} version {result.version}")
     console.print(f"samples    {result.samples['n']:,} images in {result.samples['out']}")
     console.print(f"pictures   {result.grid}")
@@ -22,22 +23,31 @@ def show_run(result: Result, ui_command: str) -> None:
     console.print(f"MLflow     {ui_command}")
 
 
-def show_scores(scores: Sequence[Mapping[str, Any]]) -> None:
-    """Scores with what they were measured on."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, justify in (("score", "left"), ("value", "right"), ("95 % interval", "right"), ("measured", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+def show_scores(scores: Sequence[Mapping[str, Any]], evidence: Mapping[str, float]) -> None:
+    """Scores with what they were measured on, and the figures beside which they mean something."""
+    table = _table(("score", "left"), ("value", "right"), ("95 % interval", "right"), ("measured on", "left"))
     for score in scores:
-        interval = score.get("interval")
-        between = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
-        table.add_row(score["name"], f"{score['value']:.4g}", between, score.get("note", ""))
-    Console(highlight=False).print(table)
+        low, high = score["interval"]
+        table.add_row(score["name"], f"{score['value']:.4g}", f"{low:.4g} to {high:.4g}", _measured(score, evidence))
+    n, floor = scores[0]["provenance"]["n"], evidence["frechet_floor"]
+    noise = evidence["noise_over_floor"]
+    table.add_row("  its floor", f"{floor:.4g}", "", f"real images against real images, n = {n}")
+    table.add_row("  of noise", f"{noise * floor:.4g}", "", f"{noise:.0f} floors; uniform noise, n = {n}")
+    accuracy = evidence["feature_accuracy"]
+    table.add_row("  features", f"{accuracy:.4g}", "", "accuracy of the feature network on the held-out images")
+    _console().print(table)
+
+
+def _measured(score: Mapping[str, Any], evidence: Mapping[str, float]) -> str:
+    facts = score["provenance"]
+    if score["name"] == "frechet":
+        return f"{evidence['frechet_over_floor']:.2f} floors; {facts['n']} samples and {facts['split']} images"
+    return f"{facts['n']} {facts['split']} images, estimate from {facts['timesteps_per_image']} timesteps each"
 
 
 def show_sweep(outputs: Mapping[str, Any]) -> None:
     """The ranking of a sweep."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, justify in (
+    table = _table(
         ("rank", "right"),
         ("setting", "left"),
         ("bits/dim", "right"),
@@ -45,14 +55,13 @@ def show_sweep(outputs: Mapping[str, Any]) -> None:
         ("images", "right"),
         ("", "left"),
         ("run", "left"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    )
     for place, trial in enumerate(outputs["ranking"], start=1):
         frechet = "" if trial["frechet"] is None else f"{trial['frechet']:.3g}"
         end = trial["error"] or ("" if trial["finished"] else "stopped early")
         figures = (f"{trial['bits_per_dim']:.4f}", frechet, f"{trial['images']:,}", end, trial["run"])
         table.add_row(str(place), trial["setting"], *figures)
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     console.print(table)
     console.print("Ranked by bits/dim on the held-out images: training losses of different schedules do not compare.")
     console.print(f"winner     {outputs['winner']}")
@@ -60,12 +69,22 @@ def show_sweep(outputs: Mapping[str, Any]) -> None:
 
 def show_models(models: Sequence[Mapping[str, Any]]) -> None:
     """Registered models, a version a line."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("model", "version", "aliases", "model digest", "run"):
-        table.add_column(column)
+    table = _table(*((column, "left") for column in ("model", "version", "aliases", "model digest", "run")))
     for model in models:
         for version in model["versions"]:
             tags = version["tags"]
             digest, run = tags.get("model_digest", "")[:12], tags.get("run", "")
             table.add_row(model["name"], str(version["version"]), ", ".join(version["aliases"]), digest, run)
-    Console(highlight=False).print(table)
+    _console().print(table)
+
+
+def _table(*columns: tuple[str, Literal["left", "right"]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap=True)
+    return table
+
+
+def _console() -> Console:
+    # A log has no width; a terminal too narrow for a line wraps it itself.
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)

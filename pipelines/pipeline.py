@@ -24,6 +24,7 @@ class Result:
     folder: str
     grid: str
     scores: list[dict[str, Any]]
+    evidence: dict[str, float]
     samples: dict[str, Any]
     name: str
     version: int
@@ -57,6 +58,7 @@ def run(spec: Spec, session: Session) -> Result:
         folder=str(training.place),
         grid=str(training.place / "grid.png"),
         scores=evaluated.outputs["scores"],
+        evidence=evaluated.outputs["evidence"],
         samples={**sampled.outputs, "out": str(session.store / sampled.outputs["out"])},
         name=spec.name,
         version=registered.outputs["version"],

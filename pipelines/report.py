@@ -18,21 +18,25 @@ _GUTTER = 4
 _BLUE, _ORANGE, _GREEN, _GREY = "#2f5d8a", "#d9822b", "#4f8a5b", "#9aa5b1"
 
 
-def grid(images: Pixels, columns: int, scale: int | None = None) -> bytes:
-    """Images uint8 [N, H, W, C] in rows of `columns`, each pixel `scale` pixels wide (by default, some 64 a side)."""
+def grid(images: Pixels, columns: int) -> bytes:
+    """Images uint8 [N, H, W, C] in rows of `columns`.
+
+    Small ones are enlarged to some 64 pixels a side by bicubic interpolation: eight bare squares a side are not read
+    at a glance. The bare pixels are in the shards.
+    """
     n, height, width, channels = images.shape
     if n < 1 or columns < 1:
         raise ValueError(f"a grid needs an image and a column, not {n} and {columns}")
-    scale = scale or max(1, _CELL // max(height, width))
-    rows = -(-n // columns)
-    cell_height, cell_width = height * scale + _GUTTER, width * scale + _GUTTER
-    canvas = np.full((rows * cell_height + _GUTTER, columns * cell_width + _GUTTER, channels), 255, dtype=np.uint8)
+    scale = max(1, _CELL // max(height, width))
+    cell = (width * scale, height * scale)
+    size = (columns * (cell[0] + _GUTTER) + _GUTTER, -(-n // columns) * (cell[1] + _GUTTER) + _GUTTER)
+    canvas = Image.new("L" if channels == 1 else "RGB", size, "white")
     for i, image in enumerate(images):
-        top, left = _GUTTER + i // columns * cell_height, _GUTTER + i % columns * cell_width
-        enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
-        canvas[top : top + height * scale, left : left + width * scale] = enlarged
+        picture = Image.fromarray(image.squeeze(-1) if channels == 1 else image)
+        left, top = _GUTTER + i % columns * (cell[0] + _GUTTER), _GUTTER + i // columns * (cell[1] + _GUTTER)
+        canvas.paste(picture.resize(cell, Image.Resampling.BICUBIC), (left, top))
     file = io.BytesIO()
-    Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(file, "PNG")
+    canvas.save(file, "PNG")
     return file.getvalue()
 
 
@@ -44,7 +48,7 @@ def trajectory(forward: Pixels, forward_t: Sequence[int], reverse: Pixels, rever
     for row, (title, frames, timesteps) in enumerate(strips):
         for column, (frame, t) in enumerate(zip(frames, timesteps, strict=True)):
             axes = figure.add_subplot(2, columns, row * columns + column + 1)
-            axes.imshow(frame.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.imshow(frame.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
             axes.set_title(f"t = {t}", fontsize=7, color="#444444", pad=3)
             axes.set_axis_off()
         figure.text(0.012, 0.965 - 0.49 * row, title, fontsize=9, va="top")

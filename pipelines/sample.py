@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_core import noise
+from ddpm_core import GaussianDiffusion, UNet, noise
 from pipelines.cluster import Cluster
 from pipelines.data.shards import encode_png, pack, unpack
 from pipelines.errors import UserError
@@ -104,27 +104,31 @@ class Job:
 class _Artist:
     """An actor: holds the network, makes chunks."""
 
-    def __init__(self, model: Model, job: Job) -> None:
+    def __init__(self, job: Job) -> None:
         import torch
 
         torch.set_num_threads(job.settings.threads)
-        self._process, self._unet = model.build()
-        data = model.spec.data
-        self._shape = (data.channels, data.image_size, data.image_size)
         self._job = job
+        self._built: tuple[GaussianDiffusion, UNet] | None = None
 
-    def make(self, chunk: int, count: int) -> int:
-        """Make and commit the first `count` images of a chunk: the shard, then its record."""
+    def make(self, model: Model, chunk: int, count: int) -> int:
+        """Make and commit the first `count` images of a chunk: the shard, then its record.
+
+        The model comes with every call (from shared memory), so that an actor that was started anew has it too.
+        """
         from ddpm_core import sample
         from pipelines.data.pixels import to_pixels
 
         job, settings = self._job, self._job.settings
         indices = range(chunk * settings.chunk, (chunk + 1) * settings.chunk)
+        self._built = self._built or model.build()
+        process, unet = self._built
+        data = model.spec.data
         images = to_pixels(
             sample(
-                self._process,
-                self._unet,
-                shape=self._shape,
+                process,
+                unet,
+                shape=(data.channels, data.image_size, data.image_size),
                 seeds=[noise.key(settings.seed, "image", i) for i in indices],
                 sampler=settings.sampler,
                 steps=settings.steps,
@@ -200,19 +204,19 @@ def _make(model: Model, job: Job, missing: list[tuple[int, int]], cluster: Clust
     # An actor that dies is started anew and its chunk made again; a commit is whole or not there.
     artist = ray.remote(num_cpus=job.settings.threads, max_restarts=-1, max_task_retries=-1)(_Artist)
     shared = ray.put(model)
-    pool = [artist.remote(shared, job) for _ in range(actors)]
+    pool = [artist.remote(job) for _ in range(actors)]
     try:
         waiting = list(reversed(missing))
         running = {}
         for actor in pool:
             chunk, count = waiting.pop()
-            running[actor.make.remote(chunk, count)] = actor
+            running[actor.make.remote(shared, chunk, count)] = actor
         while running:
             finished, _ = ray.wait(list(running), num_returns=1)
             actor = running.pop(finished[0])
             if waiting:
                 chunk, count = waiting.pop()
-                running[actor.make.remote(chunk, count)] = actor
+                running[actor.make.remote(shared, chunk, count)] = actor
             yield ray.get(finished[0])
     finally:
         for actor in pool:

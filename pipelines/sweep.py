@@ -10,6 +10,7 @@ early-stopping scheduler ends depends on the order in which they report; what ea
 import itertools
 import math
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,11 +25,12 @@ from pipelines.spec import Spec, Sweep, dump_spec, parse_spec, set_field
 from pipelines.steps import Step
 from pipelines.store import Place, identity
 from pipelines.train.driver import fit
-from pipelines.train.loop import Trainer, train
+from pipelines.train.loop import LIVE, Trainer, train
 from pipelines.train.run import Run
 
 METRIC = "bits_per_dim"
 CLOCK = "images"
+_WATCH_SECONDS = 0.5
 _TRIAL_CPU = 0.01
 """CPUs of a trial that only starts a group of workers; Tune refuses none at all."""
 
@@ -109,9 +111,10 @@ def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Tri
     from ray import tune
 
     trials = trial_specs(spec)
-    for _, trial in trials:
-        run = Run.of(trial, dataset.digest, session.store)
+    runs = [Run.of(trial, dataset.digest, session.store) for _, trial in trials]
+    for run, (_, trial) in zip(runs, trials, strict=True):
         run.describe(trial, dataset.digest)
+        (run.place / LIVE).path.unlink(missing_ok=True)
     feature_net(dataset, spec.evaluate, spec.seed, session)
     folder = session.store / "sweeps" / name
     setting = {
@@ -135,12 +138,12 @@ def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Tri
             name="tune",
             storage_path=str(folder / "ray"),
             verbose=0,
-            callbacks=[_progress(session, len(trials))],
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
     shutil.rmtree((folder / "ray").path, ignore_errors=True)
-    results = tuner.fit()
+    total = sum(trial.train.total_steps * trial.train.global_batch for _, trial in trials)
+    results = _fit_and_watch(tuner, runs, total, session)
     ranking = sorted((_outcome(result, trials) for result in results), key=_rank)
     _track(spec, dataset, session, name, trials, ranking)
     shutil.rmtree((folder / "ray").path, ignore_errors=True)
@@ -250,20 +253,25 @@ def _scheduler(spec: Spec) -> Any:
     )
 
 
-def _progress(session: Session, total: int) -> Any:
-    from ray.tune import Callback
+def _fit_and_watch(tuner: Any, runs: Sequence[Run], total: int, session: Session) -> Any:
+    """Tune beside the main thread, which shows how far the trials are."""
+    ended: list[Any] = []
 
-    class Tell(Callback):
-        """Trials ended so far."""
+    def work() -> None:
+        try:
+            ended.append(tuner.fit())
+        except BaseException as error:  # handed to the main thread
+            ended.append(error)
 
-        def __init__(self) -> None:
-            self.ended = 0
-
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self.ended += 1
-            session.progress.advance(self.ended, total, "trials")
-
-    return Tell()
+    thread = threading.Thread(target=work, name="ray-tune", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_WATCH_SECONDS)
+        images = [(run.place / LIVE).read_json()["images"] for run in runs if (run.place / LIVE).exists()]
+        session.progress.advance(sum(images), total, "images", trials=len(images))
+    if isinstance(ended[0], BaseException):
+        raise ended[0]
+    return ended[0]
 
 
 def _outcome(result: Any, trials: Sequence[tuple[dict[str, Any], Spec]]) -> Trial:

@@ -6,6 +6,7 @@ being down slows nothing: what was not sent is sent at the next chance.
 """
 
 import io
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -65,6 +66,7 @@ class Tracker:
         """An MLflow client of this address; the database of a local one is made at the first use."""
         for name, value in _REQUEST_SETTINGS.items():
             os.environ.setdefault(name, value)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
         if not self.address.uri.startswith("sqlite:"):

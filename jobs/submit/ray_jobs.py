@@ -125,22 +125,23 @@ def _follow(client: Any, job: str, log: "Log") -> None:
     import aiohttp
     from ray.exceptions import AuthenticationError
 
-    lost = (OSError, RuntimeError, TimeoutError, aiohttp.ClientError)
-    heard = time.monotonic()
+    trouble = (OSError, RuntimeError, TimeoutError, aiohttp.ClientError)
+    lost_at: float | None = None
     while True:
+        with contextlib.suppress(*trouble):  # the status tells whether the log broke off or the job ended
+            asyncio.run(_tail(client, job, log))
         try:
-            with contextlib.suppress(*lost):
-                asyncio.run(_tail(client, job, log))
             if client.get_job_status(job).is_terminal():
                 log.take(0, client.get_job_logs(job))
                 log.finish()
                 return
-            heard = time.monotonic()
-        except lost as error:
-            if time.monotonic() - heard > _PATIENCE_SECONDS:
-                raise RuntimeError(f"lost the head while job {job} ran, which may go on: {error}") from error
+            lost_at = None
         except AuthenticationError:
             raise RuntimeError(f"the head no longer takes the token; job {job} may go on") from None
+        except trouble as error:
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > _PATIENCE_SECONDS:
+                raise RuntimeError(f"lost the head while job {job} ran, which may go on: {error}") from error
         time.sleep(_RETRY_SECONDS)
 
 

@@ -1,85 +1,123 @@
-"""Scores from images, features and estimates: pure functions; who makes their inputs is the job's concern."""
+"""The scores of a model: pure functions of images, estimates and seeds. Who makes those, and where, is elsewhere's."""
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ddpm_core import GaussianDiffusion, UNet, bits_per_dim_estimate, mean_interval, noise
+from ddpm_core import GaussianDiffusion, bits_per_dim_estimate, mean_interval
+from ddpm_core.diffusion import Network
 from pipelines.data.pixels import to_model
-from pipelines.evaluate.features import PREPROCESSING, FeatureNet
-from pipelines.evaluate.frechet import SPLITS, against_halves
-from pipelines.evaluate.scores import Score
+from pipelines.errors import UserError
+from pipelines.evaluate.features import PREPROCESSING, FeatureNet, Pixels
+from pipelines.evaluate.frechet import (
+    Features,
+    Statistics,
+    bootstrap_spread,
+    frechet_distance,
+    generator,
+    halvings,
+    real_floor,
+)
+from pipelines.evaluate.scores import BITS_PER_DIM, FRECHET, Score
 
-Pixels = NDArray[np.uint8]
+HELD_OUT = "held-out"
+SPLITS = 50
+REPLICATES = 200
 
 
 def frechet_score(
-    net: FeatureNet, drawn: Pixels, held_out: Pixels, *, seed: int, provenance: Mapping[str, Any]
+    net: FeatureNet,
+    samples: Pixels,
+    held_out: Pixels,
+    *,
+    seed: int,
+    provenance: Mapping[str, Any],
+    splits: int = SPLITS,
+    replicates: int = REPLICATES,
+    batch: int = 256,
 ) -> Score:
-    """Frechet distance of drawn images uint8 [n, H, W, C] to halves of the held-out ones [2n or 2n + 1, H, W, C].
+    """Frechet distance of samples uint8 [S, H, W, C] from held-out images uint8 [M, H, W, C], with its floor.
 
-    Beside it, from the same halves: the floor (real against real) and, so that features which see nothing show, how
-    many floors uniform noise scores.
+    Everything is at the same n = min(S, M // 2): in each of `splits` halvings of the held-out images, keyed by the
+    seed, n random samples are taken against either half; the score is the mean. The floor is the mean distance
+    between the two halves, of images that the feature network has not seen. The score of uniform noise, taken the
+    same way, tells a blind network: it is recorded in floors.
+
+    `provenance` holds what only the caller knows (dataset_digest, model_digest, ema, sampler, steps, sample_seed);
+    n, features, preprocessing, split, floor and the rest are added. UserError where n would be below 2.
     """
-    real = net.features(held_out)
-    result = against_halves(net.features(drawn), real, seed)
-    blind = against_halves(net.features(_noise_images(drawn.shape, seed)), real, seed)
-    return Score(
-        name="frechet",
-        value=result.value,
-        interval=result.interval,
-        note=f"{result.value / result.floor:.2f} floors; floor {result.floor:.4g}, n = {result.n}, held-out images",
-        provenance={
-            **provenance,
-            "n": result.n,
-            "halvings": SPLITS,
-            "split": "held-out",
-            "features_digest": net.digest,
-            "features_width": net.config.width,
-            "preprocessing": PREPROCESSING,
-            "seed": seed,
-            "floor": result.floor,
-            "noise_floors": blind.value / result.floor,
-        },
-    )
+    n = min(len(samples), len(held_out) // 2)
+    if n < 2:
+        raise UserError(
+            f"{len(samples)} samples and {len(held_out)} held-out images are too few for a score, "
+            "which takes 2 and 4: raise sample.n or data.held_out"
+        )
+    ours, real = net.features(samples, batch), net.features(held_out, batch)
+    blind = net.features(uniform_noise((n, *held_out.shape[1:]), seed), batch)
+    floor = float(real_floor(real, n, seed, splits).mean())
+    value = _against_halves(ours, real, n, seed, splits)
+    low, high = bootstrap_spread(ours, real, seed, replicates)
+    added = {
+        "n": n,
+        "samples": len(samples),
+        "features_digest": net.digest,
+        "preprocessing": PREPROCESSING,
+        "split": HELD_OUT,
+        "seed": seed,
+        "splits": splits,
+        "floor": floor,
+        # No floor where all held-out images are the same one; JSON has no infinity.
+        "noise_in_floors": _against_halves(blind, real, n, seed, splits) / floor if floor > 0 else None,
+    }
+    return Score(FRECHET, value, (max(0.0, value + low), value + high), {**provenance, **added})
+
+
+def bits_score(estimates: NDArray[np.float64], *, seed: int, provenance: Mapping[str, Any]) -> Score:
+    """Mean bits/dim of per-image estimates [N] on held-out images, with its interval over images and draws.
+
+    `seed` and `provenance` say how the estimates were made; they are recorded. ValueError for fewer than two.
+    """
+    mean, low, high = mean_interval(torch.from_numpy(estimates))
+    added = {"n": len(estimates), "preprocessing": PREPROCESSING, "split": HELD_OUT, "seed": seed}
+    return Score(BITS_PER_DIM, mean, (low, high), {**provenance, **added})
 
 
 def estimate_bits(
-    process: GaussianDiffusion, model: UNet, images: Pixels, seed: int, timesteps_per_image: int, batch: int
+    process: GaussianDiffusion,
+    model: Network,
+    images: Pixels,
+    seed: int,
+    timesteps_per_image: int,
+    batch: int = 64,
 ) -> NDArray[np.float64]:
-    """Unbiased estimates of each image's bits/dim [N], for images uint8 [N, H, W, C]."""
+    """Unbiased estimates of bits/dim, float64 [N], of images uint8 [N, H, W, C]: `timesteps_per_image` calls each.
+
+    The noise is keyed by (seed, the image's content); bits may depend on `batch`, and on where batches begin.
+    """
+    device = next((p.device for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
     parts = [
-        bits_per_dim_estimate(process, model, to_model(images[start : start + batch]), seed, timesteps_per_image)
+        bits_per_dim_estimate(
+            process, model, to_model(images[start : start + batch]).to(device), seed, timesteps_per_image
+        )
         for start in range(0, len(images), batch)
     ]
-    return np.concatenate([part.numpy() for part in parts])
+    return np.fromiter(chain.from_iterable(part.tolist() for part in parts), dtype=np.float64)
 
 
-def bits_score(
-    estimates: NDArray[np.float64], *, seed: int, timesteps_per_image: int, provenance: Mapping[str, Any]
-) -> Score:
-    """Mean bits/dim of held-out images from per-image estimates [N], with its 95 % interval."""
-    import torch
-
-    mean, low, high = mean_interval(torch.from_numpy(estimates))
-    return Score(
-        name="bits_per_dim",
-        value=mean,
-        interval=(low, high),
-        note=f"estimate, {len(estimates)} held-out images, {timesteps_per_image} timesteps each",
-        provenance={
-            **provenance,
-            "n": len(estimates),
-            "split": "held-out",
-            "timesteps_per_image": timesteps_per_image,
-            "seed": seed,
-            "levels": 256,
-        },
-    )
+def uniform_noise(shape: tuple[int, ...], seed: int) -> Pixels:
+    """Images of nothing: uint8, every pixel uniform in 0..255, keyed by the seed."""
+    return generator(seed, "noise").integers(256, size=shape, dtype=np.uint8)
 
 
-def _noise_images(shape: tuple[int, ...], seed: int) -> Pixels:
-    draws = noise.bits([noise.key(seed, "noise-images")], int(np.prod(shape)))[0] >> 24
-    return draws.numpy().astype(np.uint8).reshape(shape)
+def _against_halves(features: Features, real: Features, n: int, seed: int, splits: int) -> float:
+    """Mean distance of n random rows of `features` from either half of the real ones, over the halvings."""
+    distances = []
+    for split, halves in enumerate(halvings(len(real), n, seed, splits)):
+        taken = generator(seed, "subset", split).permutation(len(features))[:n]
+        ours = Statistics.of(features[taken])
+        distances += [frechet_distance(ours, Statistics.of(real[half])) for half in halves]
+    return float(np.mean(distances))

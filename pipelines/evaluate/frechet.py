@@ -1,11 +1,14 @@
-"""Frechet distance between two sets of features, what real images score against real ones, and its spread.
+"""The Frechet distance between two sets of images, of Gaussians fitted to their features, and its floor.
 
-Heusel et al. 2017, "GANs trained by a two time-scale update rule converge to a local Nash equilibrium": the distance
-between two Gaussians of the sets' means and covariances (Dowson and Landau 1982). It is biased upwards by about 1 / n:
-a value means nothing without n and without the floor, real against real, at the same n.
+Heusel et al. 2017, "GANs trained by a two time-scale update rule converge to a local Nash equilibrium", equation 6:
+|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). Two finite sets of real images are not at distance 0: what the
+estimate of d features from n images adds falls as 1/n. A distance says something only beside that of real
+images from real images at the same n, the floor.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,82 +17,83 @@ from ddpm_core import noise
 
 Features = NDArray[np.float64]
 
-SPLITS = 10
-"""Random halvings of the real images that every figure is averaged over."""
-RESAMPLES = 200
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Statistics:
-    """Mean [D] and covariance [D, D] of n features, float64."""
+    """What the distance is taken from: n images' mean [d] and unbiased covariance [d, d] of d features, float64."""
 
     n: int
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
+    mean: Features
+    covariance: Features
 
     @staticmethod
     def of(features: Features) -> "Statistics":
-        """Of features [n, D], n >= 2, else ValueError."""
-        if len(features) < 2:
-            raise ValueError(f"a covariance needs two images or more, not {len(features)}")
-        return Statistics(
-            len(features), features.mean(0), np.cov(features, rowvar=False).reshape([features.shape[1]] * 2)
-        )
+        """Of features [n, d]. ValueError for fewer than two images, or values that are not finite."""
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"features of two images or more [n, d] are needed, not {list(features.shape)}")
+        if not np.isfinite(features).all():
+            raise ValueError("the features are not all finite")
+        values = features.astype(np.float64, copy=False)
+        mean = values.mean(axis=0)
+        centred = values - mean
+        return Statistics(len(values), mean, centred.T @ centred / (len(values) - 1))
+
+    @cached_property
+    def factor(self) -> Features:
+        """A with A A^T = covariance, by eigen-decomposition; eigenvalues that rounding made negative count as 0."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return vectors * np.sqrt(values.clip(min=0))
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)), squared feature units.
+    """The squared Frechet distance of two Gaussians; 0 or more, of features squared.
 
-    tr((C_a C_b)^(1/2)) is the sum of the square roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is
-    symmetric: no complex numbers, and no trouble where a covariance is rank-deficient.
+    With S = A A^T and T = B B^T, the eigenvalues of S T are the squared singular values of A^T B, so that
+    tr (S T)^(1/2) is their sum: real, exact to rounding, and at ease with covariances that are not of full rank.
     """
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)).sum()
-    difference = a.mean - b.mean
-    distance = difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
-    return float(max(distance, 0.0))
+    overlap = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum()
+    spread = np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
+    return max(0.0, float(((a.mean - b.mean) ** 2).sum() + spread))
 
 
-@dataclass(frozen=True)
-class AgainstHalves:
-    """Distances to random halves of the real images, each averaged over the halvings; n images on every side."""
+def halvings(count: int, n: int, seed: int, splits: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """`splits` random pairs of disjoint index sets of size n out of `count`, keyed by the seed.
 
-    n: int
-    value: float
-    floor: float
-    """One half of the real images against the other."""
-    interval: tuple[float, float]
-    """95 % of the values under resampling of the images on both sides."""
-
-
-def against_halves(drawn: Features, real: Features, seed: int, splits: int = SPLITS) -> AgainstHalves:
-    """Compare n drawn images with halves of 2n (or 2n + 1) real ones. ValueError where the numbers do not fit."""
-    n = len(real) // 2
-    if len(drawn) != n:
-        raise ValueError(f"{len(real)} real images have halves of {n}: draw as many, not {len(drawn)}")
-    ours = Statistics.of(drawn)
-    values, floors = [], []
+    ValueError where 2 n exceeds the count.
+    """
+    if not 2 <= n <= count // 2:
+        raise ValueError(f"two sets of {n} do not fit into {count} images")
     for split in range(splits):
-        order = _permutation(noise.key(seed, "halves", split), len(real))
-        one, other = Statistics.of(real[order[:n]]), Statistics.of(real[order[n : 2 * n]])
-        floors.append(frechet_distance(one, other))
-        values += [frechet_distance(ours, one), frechet_distance(ours, other)]
-    value = float(np.mean(values))
-    return AgainstHalves(n, value, float(np.mean(floors)), _spread(value, drawn, real, n, seed))
+        order = generator(seed, "halving", split).permutation(count)
+        yield order[:n], order[n : 2 * n]
 
 
-def _spread(value: float, drawn: Features, real: Features, n: int, seed: int) -> tuple[float, float]:
-    """The bootstrap's quantiles about its own mean, moved to the value: resampling itself biases upwards."""
-    boot = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        rows = noise.integers([noise.key(seed, "bootstrap", i)], 2 * n, 0, n - 1)[0].numpy()
-        others = noise.integers([noise.key(seed, "bootstrap-real", i)], n, 0, len(real) - 1)[0].numpy()
-        boot[i] = frechet_distance(Statistics.of(drawn[rows[:n]]), Statistics.of(real[others]))
-    low, high = np.quantile(boot, [0.025, 0.975]) - boot.mean()
-    return value + float(low), value + float(high)
+def real_floor(features: Features, n: int, seed: int, splits: int) -> Features:
+    """Distances [splits] between two random halves, n images each, of the same features [count, d]."""
+    return np.array(
+        [
+            frechet_distance(Statistics.of(features[first]), Statistics.of(features[second]))
+            for first, second in halvings(len(features), n, seed, splits)
+        ]
+    )
 
 
-def _permutation(key: int, n: int) -> NDArray[np.int64]:
-    draws = noise.bits([key], n)[0].numpy()
-    return np.argsort(draws, kind="stable")
+def bootstrap_spread(a: Features, b: Features, seed: int, replicates: int) -> tuple[float, float]:
+    """How far the distance between two sets would move with other images: 2.5 % and 97.5 % points, around 0.
+
+    Both sets are drawn again with replacement, keyed by the seed (Efron 1979). Repeated images make every
+    replicate's distance larger than the sets' own, so that its percentiles are no interval; their deviations from
+    the replicates' mean are, once added to the estimate.
+    """
+    distances = []
+    for replicate in range(replicates):
+        random = generator(seed, "bootstrap", replicate)
+        again = (Statistics.of(x[random.integers(len(x), size=len(x))]) for x in (a, b))
+        distances.append(frechet_distance(*again))
+    low, high = np.quantile(np.array(distances) - np.mean(distances), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
+    """numpy's generator for one keyed purpose of an evaluation."""
+    return np.random.default_rng(noise.key(seed, f"evaluate-{purpose}", *index))

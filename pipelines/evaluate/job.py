@@ -69,11 +69,16 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
         "sample_seed": spec.sample.seed,
     }
     frechet = frechet_score(net, pixels, held_out, seed=spec.seed, provenance=provenance)
-    of_model = {name: provenance[name] for name in ("model_digest", "dataset_digest", "ema")}
-    timesteps = spec.evaluate.bits_timesteps
-    estimates = np.concatenate(ray.get(bits))
-    bound = bits_score(estimates, seed=spec.seed, timesteps_per_image=timesteps, provenance=of_model)
-    return _evaluation(net, dataset, frechet, bound)
+    bound = bits_score(
+        np.concatenate(ray.get(bits)),
+        seed=spec.seed,
+        provenance={
+            **{name: provenance[name] for name in ("model_digest", "dataset_digest", "ema")},
+            "timesteps_per_image": spec.evaluate.bits_timesteps,
+            "levels": 256,
+        },
+    )
+    return Evaluation([frechet, bound], _evidence(net, dataset, frechet, bound))
 
 
 def feature_net(dataset: Dataset, evaluate: Evaluate, seed: int, session: Session) -> FeatureNet:
@@ -141,23 +146,13 @@ def _bits_of(model: Model, images: np.ndarray, seed: int, timesteps: int, thread
     return estimate_bits(process, unet, images, seed, timesteps_per_image=timesteps, batch=_BITS_BATCH)
 
 
-def _evaluation(net: FeatureNet, dataset: Dataset, frechet: Score, bits: Score) -> Evaluation:
+def _evidence(net: FeatureNet, dataset: Dataset, frechet: Score, bits: Score) -> dict[str, float]:
     images, labels = Reader(dataset.split("held-out")).read_all()
-    accuracy = Score(
-        name="feature_accuracy",
-        value=net.accuracy(images, labels),
-        note=f"the feature network's own, {len(images)} held-out images",
-        provenance={"features_digest": net.digest, "dataset_digest": dataset.digest, "n": len(images)},
-    )
-    floor, noise_floors = frechet.provenance["floor"], frechet.provenance["noise_floors"]
-    real = Score(name="frechet_floor", value=floor, note="real images against real ones, same n")
-    blind = Score(name="noise", value=noise_floors * floor, note=f"{noise_floors:.0f} floors; uniform noise, same n")
-    evidence = {
+    return {
         "frechet": frechet.value,
-        "frechet_floor": floor,
-        "frechet_over_floor": frechet.value / floor,
-        "noise_over_floor": noise_floors,
-        "feature_accuracy": accuracy.value,
+        "frechet_floor": frechet.provenance["floor"],
+        "frechet_over_floor": frechet.in_floors,
+        "noise_over_floor": frechet.provenance["noise_in_floors"],
+        "feature_accuracy": net.accuracy(images, labels),
         "bits_per_dim": bits.value,
     }
-    return Evaluation([frechet, real, blind, bits, accuracy], evidence)

@@ -1,43 +1,82 @@
 """A score and where it comes from: a number without its provenance does not exist here."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from pipelines.store import DamageError
 
 FORMAT = 1
 
-FREE = frozenset({"model_digest", "sampler", "steps", "eta", "ema", "sample_seed", "floor", "noise_floors"})
-"""Provenance in which two comparable scores may differ: it says what was scored, not how."""
+FRECHET = "frechet"
+BITS_PER_DIM = "bits_per_dim"
+
+DECIDING = {
+    FRECHET: ("n", "features_digest", "preprocessing", "split", "dataset_digest"),
+    BITS_PER_DIM: ("n", "preprocessing", "split", "dataset_digest"),
+}
+"""By score, the fields that change what it measures: where they differ, two scores are of different things.
+
+The others say what was measured (model, sampler, steps), which may well differ, or with which random draws, which
+the interval accounts for.
+"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Score:
-    """One figure of merit."""
+    """One number that says how good samples or a model are, with all that it takes to compare it."""
 
     name: str
+    """`frechet` or `bits_per_dim`; less is better of both."""
     value: float
-    interval: tuple[float, float] | None = None
-    """95 %."""
-    note: str = ""
-    """In a few words, what was measured on what."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    interval: tuple[float, float]
+    """95 % interval."""
+    provenance: Mapping[str, Any]
+    """Plain values by field: see `DECIDING`, and what `frechet_score` and `bits_score` write."""
+
+    @property
+    def in_floors(self) -> float:
+        """The value over the floor, the same score of real images. ValueError for a score without one."""
+        if "floor" not in self.provenance:
+            raise ValueError(f"the score {self.name} has no floor")
+        floor = self.provenance["floor"]
+        return self.value / floor if floor > 0 else math.inf
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self), "interval": list(self.interval) if self.interval else None}
+        """Plain values, with a format version."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "value": self.value,
+            "interval": list(self.interval),
+            "provenance": dict(self.provenance),
+        }
 
     @staticmethod
-    def from_json(fields: Mapping[str, Any]) -> "Score":
-        """The inverse of `to_json`. ValueError for another format."""
-        if fields.get("format") != FORMAT:
-            raise ValueError(f"score format {fields.get('format')} is not known here, only {FORMAT}")
-        rest = {name: value for name, value in fields.items() if name not in ("format", "interval")}
-        interval = fields["interval"]
-        return Score(**rest, interval=(interval[0], interval[1]) if interval else None)
+    def from_json(record: Any) -> "Score":
+        """The inverse of `to_json`. DamageError for another format, or a record that is no score."""
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            found = record.get("format") if isinstance(record, dict) else type(record).__name__
+            raise DamageError(f"a score has format {found}, not {FORMAT}")
+        try:
+            low, high = record["interval"]
+            return Score(record["name"], float(record["value"]), (low, high), dict(record["provenance"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamageError(f"a score's record is damaged: {error!r}") from None
 
 
-def differences(a: Score, b: Score) -> list[str]:
-    """Fields in which two scores were measured differently; none where they can be compared."""
+def comparable(a: Score, b: Score) -> list[str]:
+    """The fields that forbid to compare two scores; empty where they may be compared.
+
+    A deciding field that either lacks is among them: what is not known to be equal is not.
+    """
     if a.name != b.name:
         return ["name"]
-    names = (a.provenance.keys() | b.provenance.keys()) - FREE
-    return sorted(name for name in names if a.provenance.get(name) != b.provenance.get(name))
+    missing = object()
+    deciding = DECIDING.get(a.name, tuple(sorted({*a.provenance, *b.provenance})))
+    return [
+        field
+        for field in deciding
+        if a.provenance.get(field, missing) != b.provenance.get(field, missing) or field not in a.provenance
+    ]

@@ -5,8 +5,10 @@ from and what evidence it carries.
 """
 
 import contextlib
+import io
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ def register(model: Model, name: str, run_id: str, tracking_uri: str, tags: Mapp
         inputs=Schema([ColSpec("long", "seed")]),
         outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, size, size, channels))]),
     )
-    with tempfile.TemporaryDirectory() as folder, _fluent(tracking_uri), mlflow.start_run(run_id=run_id):
+    with tempfile.TemporaryDirectory() as folder, _fluent(tracking_uri), mlflow.start_run(run_id=run_id), _unsaid():
         (Path(folder) / WEIGHTS).write_bytes(model.weights)
         (Path(folder) / CONFIG).write_bytes(dump_config(model))
         info = mlflow.pyfunc.log_model(
@@ -59,10 +61,8 @@ def download(name: str, version: str, tracking_uri: str) -> Model:
     import mlflow
 
     found = find_version(name, version, tracking_uri)
-    with tempfile.TemporaryDirectory() as folder:
-        local = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"models:/{name}/{found.version}", dst_path=folder, tracking_uri=tracking_uri
-        )
+    with tempfile.TemporaryDirectory() as folder, _fluent(tracking_uri):
+        local = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{found.version}", dst_path=folder)
         artifacts = Path(local) / "artifacts"
         config = json.loads((artifacts / CONFIG).read_text())
         return Model.from_config(config, (artifacts / WEIGHTS).read_bytes(), f"{name}@{version}")
@@ -117,8 +117,16 @@ def client(tracking_uri: str) -> Any:
 
 
 @contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """MLflow's advice to the authors of models, and its prints, are not for our user; its errors are raised."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
 def _fluent(tracking_uri: str) -> Iterator[None]:
-    """`log_model` has only MLflow's fluent interface: point it here for the block, and back."""
+    """Some of MLflow has only the fluent interface: point it here for the block, and back."""
     import mlflow
 
     tracking, registry = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
