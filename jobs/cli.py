@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from pipelines.errors import Refused, UserError
@@ -50,20 +49,24 @@ def main() -> None:
     """Entry point: runs a verb and turns its end into an exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
-    except click.ClickException as error:
-        _fail(error.format_message(), 2)
+        code = app(standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
     except Refused as error:
         _fail(f"refused: {error}", 3)
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        # A word of the command line that typer does not take; it has its own classes for that, in no public place.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), 2)
+    if code == 130:  # typer's way to pass Ctrl-C on
+        _fail("interrupted", 130)
+    sys.exit(code or 0)
 
 
 @app.command()
@@ -254,6 +257,27 @@ def models(
 
 
 @app.command()
+def submit(
+    spec: SpecFile,
+    to: Annotated[str, typer.Option(metavar="http://HEAD:PORT", help="The dashboard's address of a Ray head.")],
+    overrides: Overrides = None,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Run a spec on a Ray cluster; its log is followed, its exit code passed on."""
+    from jobs.submit.ray_jobs import submit as submit_job
+    from pipelines.spec import load_spec
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    done = submit_job(load_spec(spec, overrides or ()), to, storage, tracking_uri, say)
+    _print(as_json, asdict(done), lambda: print(f"{done.job}  {done.status}"))
+    sys.exit(done.exit_code)
+
+
+@app.command()
 def ui(
     port: Annotated[int, typer.Option(help="Port on this host.")] = 5000,
     storage: Storage = None,
@@ -308,6 +332,6 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"ddpm: {message}", file=sys.stderr)
     sys.exit(code)

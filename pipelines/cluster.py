@@ -9,7 +9,9 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,12 +65,12 @@ class Cluster:
 def _session(address: str | None) -> Iterator[None]:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    if address is None:
-        with _local():
-            yield
-    else:
-        with _joined(address):
-            yield
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    with _local() if address is None else _joined(address):
+        if threading.current_thread() is threading.main_thread():
+            # Ray takes SIGTERM for itself and dies of it on the spot; we have things to put away.
+            signal.signal(signal.SIGTERM, on_terminate)
+        yield
 
 
 @contextlib.contextmanager

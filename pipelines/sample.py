@@ -123,12 +123,12 @@ class _Artist:
         indices = range(chunk * settings.chunk, (chunk + 1) * settings.chunk)
         self._built = self._built or model.build()
         process, unet = self._built
-        data = model.spec.data
+        of_model = model.spec.data
         images = to_pixels(
             sample(
                 process,
                 unet,
-                shape=(data.channels, data.image_size, data.image_size),
+                shape=(of_model.channels, of_model.image_size, of_model.image_size),
                 seeds=[noise.key(settings.seed, "image", i) for i in indices],
                 sampler=settings.sampler,
                 steps=settings.steps,

@@ -134,6 +134,7 @@ def test_the_registered_model_predicts_through_mlflow(result: Result, shared: Se
     import pandas
 
     mlflow.set_tracking_uri(shared.tracking_uri)
+    mlflow.set_registry_uri(shared.tracking_uri)
     model = mlflow.pyfunc.load_model(f"models:/tiny/{result.version}")
     images = model.predict(pandas.DataFrame({"seed": [1, 2, 3]}))
     assert images.shape == (3, 8, 8, 1)

@@ -234,6 +234,7 @@ def _initialise(net: FeatureNet, seed: int) -> None:
     The biases matter: started at 0, noise came to lie a quarter less far from the data.
     """
     for norm in net.norms:
+        assert isinstance(norm, nn.GroupNorm)
         nn.init.ones_(norm.weight)
         nn.init.zeros_(norm.bias)
     for index, layer in enumerate([*net.convolutions, net.classifier]):

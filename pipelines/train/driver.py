@@ -51,6 +51,12 @@ def train(
     run = Run.of(spec, dataset.digest, store)
     if (done := trained(run, spec)) is not None:
         return done
+    further = [step for step in run.checkpoints.steps() if step > spec.train.total_steps]
+    if further:
+        raise UserError(
+            f"train.images: run {run.name} is at {further[-1] * spec.train.global_batch:,} images already and keeps no "
+            f"checkpoint at {spec.train.total_steps * spec.train.global_batch:,}; ask for more, or change the seed"
+        )
     with run.driving():
         run.describe(spec, dataset.digest)
         _check_resources(spec, cluster)
