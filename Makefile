@@ -9,9 +9,9 @@ READY := .venv/.installed
 # constraints.txt pins what the tests were run with; torch comes first, so that nothing drags in another build of it.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install -qq --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install -qq --constraint constraints.txt torch
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 demo: $(READY)  ## the main job on real images: a promoted model and pictures of what it draws

@@ -66,9 +66,9 @@ class Tracker:
         """An MLflow client of this address; the database of a local one is made at the first use."""
         for name, value in _REQUEST_SETTINGS.items():
             os.environ.setdefault(name, value)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         if not self.address.uri.startswith("sqlite:"):
             return MlflowClient(tracking_uri=self.address.uri, registry_uri=self.address.uri)
         # Two first users at once would both create the tables, and one of them fail.
