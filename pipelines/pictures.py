@@ -48,7 +48,9 @@ def _trajectory(spec: Spec, dataset: Dataset, model: Model) -> bytes:
     process, unet = model.build()
     image = to_model(Reader(dataset.split("held-out")).read(np.array([0]), np.array([0]))[0])
     eps = noise.normal([noise.key(spec.seed, "trajectory")], image.shape[1:])
-    forward_t = np.linspace(0, process.schedule.timesteps, _FRAMES).round().astype(int).tolist()
+    # Closer together towards the data, where most of what the eye sees comes and goes.
+    steps = np.linspace(0, 1, _FRAMES) ** 2
+    forward_t = (steps * process.schedule.timesteps).round().astype(int).tolist()
     forward = [image if t == 0 else process.q_sample(image, torch.tensor([t]), eps) for t in forward_t]
 
     seen: list[tuple[int, torch.Tensor]] = []
@@ -63,7 +65,7 @@ def _trajectory(spec: Spec, dataset: Dataset, model: Model) -> bytes:
         callback=lambda index, t, x_t, x0: seen.append((t, x_t.clone())),
     )
     seen.append((0, final))
-    chosen = [seen[i] for i in np.linspace(0, len(seen) - 1, _FRAMES).round().astype(int)]
+    chosen = [seen[i] for i in ((1 - steps[::-1]) * (len(seen) - 1)).round().astype(int)]
     return report.trajectory(
         to_pixels(torch.cat(forward)), forward_t, to_pixels(torch.cat([x for _, x in chosen])), [t for t, _ in chosen]
     )

@@ -48,7 +48,7 @@ def trajectory(forward: Pixels, forward_t: Sequence[int], reverse: Pixels, rever
     for row, (title, frames, timesteps) in enumerate(strips):
         for column, (frame, t) in enumerate(zip(frames, timesteps, strict=True)):
             axes = figure.add_subplot(2, columns, row * columns + column + 1)
-            axes.imshow(frame.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
+            axes.imshow(frame.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes.set_title(f"t = {t}", fontsize=7, color="#444444", pad=3)
             axes.set_axis_off()
         figure.text(0.012, 0.965 - 0.49 * row, title, fontsize=9, va="top")
@@ -64,7 +64,7 @@ def schedule_curves(schedule: NoiseSchedule) -> bytes:
     rates.plot(t, schedule.signal_rate.numpy(), color=_BLUE, label="signal rate")
     rates.plot(t, schedule.noise_rate.numpy(), color=_ORANGE, label="noise rate")
     rates.set_ylim(-0.02, 1.05)
-    rates.legend(frameon=False, fontsize=8, loc="center left")
+    rates.legend(frameon=False, fontsize=8, loc="center right")
     ratio.plot(t, schedule.log_snr.numpy(), color=_GREEN)
     ratio.axhline(0, color=_GREY, linewidth=0.6)
     for axes, title in ((rates, "what x_t is made of"), (ratio, "log SNR (natural log)")):
