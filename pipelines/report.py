@@ -1,4 +1,8 @@
-"""Pictures, as PNG bytes: grids of images, trajectories, a schedule's curves, a loss curve."""
+"""The pictures of a run, as PNG bytes: samples, a trajectory, the schedule, the loss.
+
+Each is a pure function of its arguments, drawn with matplotlib's object interface (imported when first needed):
+no global state is read or left, so that workers and a caller's own figures do not disturb each other.
+"""
 
 import io
 from collections.abc import Sequence
@@ -12,107 +16,206 @@ from ddpm_core import NoiseSchedule
 
 Pixels = NDArray[np.uint8]
 
-_CELL = 64
-"""Side that small images are enlarged to, pixels."""
+INK, SOFT, FAINT = "#22303c", "#6b7885", "#e3e7eb"
+BLUE, ORANGE = "#2a6fb0", "#d9742b"
+DPI = 180
+
+_CELL = 56
+"""Pixels that `grid` gives the shorter side of an image, unless told."""
 _GUTTER = 4
-_BLUE, _ORANGE, _GREEN, _GREY = "#2f5d8a", "#d9822b", "#4f8a5b", "#9aa5b1"
+_PAPER = 88
+"""Grey of the gutters: neither black nor white, so that strokes at the edge of an image end where it does."""
+_LOG_ABOVE = 4.0
+"""A loss that falls by more than this factor is drawn on a logarithmic axis."""
+_SMOOTH = 0.05
+"""Part of the points that a smoothed loss is the mean of."""
 
 
-def grid(images: Pixels, columns: int) -> bytes:
-    """Images uint8 [N, H, W, C] in rows of `columns`.
+def grid(images: Pixels, columns: int | None = None, scale: int | None = None) -> bytes:
+    """Images uint8 [N, H, W, C] in rows of `columns` (by default about square), each pixel `scale` pixels wide.
 
-    Small ones are enlarged to some 64 pixels a side by bicubic interpolation: eight bare squares a side are not read
-    at a glance. The bare pixels are in the shards.
+    Cell (row, column) begins `_GUTTER` + index * (side * scale + `_GUTTER`) pixels from the top and the left;
+    `scale` is by default such that an image's shorter side has about 56 pixels. ValueError for no images.
     """
-    n, height, width, channels = images.shape
-    if n < 1 or columns < 1:
-        raise ValueError(f"a grid needs an image and a column, not {n} and {columns}")
-    scale = max(1, _CELL // max(height, width))
-    cell = (width * scale, height * scale)
-    size = (columns * (cell[0] + _GUTTER) + _GUTTER, -(-n // columns) * (cell[1] + _GUTTER) + _GUTTER)
-    canvas = Image.new("L" if channels == 1 else "RGB", size, "white")
-    for i, image in enumerate(images):
-        picture = Image.fromarray(image.squeeze(-1) if channels == 1 else image)
-        left, top = _GUTTER + i % columns * (cell[0] + _GUTTER), _GUTTER + i // columns * (cell[1] + _GUTTER)
-        canvas.paste(picture.resize(cell, Image.Resampling.BICUBIC), (left, top))
-    file = io.BytesIO()
-    canvas.save(file, "PNG")
-    return file.getvalue()
+    n, height, width, channels = _checked(images)
+    columns = min(n, columns or int(np.ceil(np.sqrt(n))))
+    scale = scale or max(1, round(_CELL / min(height, width)))
+    rows = -(-n // columns)
+    step_y, step_x = height * scale + _GUTTER, width * scale + _GUTTER
+    sheet = np.full((_GUTTER + rows * step_y, _GUTTER + columns * step_x, channels), _PAPER, dtype=np.uint8)
+    large = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    for index, image in enumerate(large):
+        top, left = _GUTTER + index // columns * step_y, _GUTTER + index % columns * step_x
+        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    out = io.BytesIO()
+    Image.fromarray(sheet.squeeze(2) if channels == 1 else sheet).save(out, format="PNG", optimize=True)
+    return out.getvalue()
 
 
 def trajectory(forward: Pixels, forward_t: Sequence[int], reverse: Pixels, reverse_t: Sequence[int]) -> bytes:
-    """Two strips of images uint8 [K, H, W, C]: data to noise, and noise to data, each frame under its timestep."""
+    """Two strips: an image on its way to noise (x_0..x_T), and noise on its way to an image (x_T..x_0).
+
+    Frames uint8 [K, H, W, C], as many times t as frames. ValueError where their numbers differ.
+    """
+    for frames, times in ((forward, forward_t), (reverse, reverse_t)):
+        _checked(frames)
+        if len(frames) != len(times):
+            raise ValueError(f"{len(frames)} frames and {len(times)} times")
     columns = max(len(forward), len(reverse))
-    figure = _figure(0.9 * columns + 0.2, 3.1)
-    strips = (("data to noise: q(x_t | x_0)", forward, forward_t), ("noise to data: the sampler", reverse, reverse_t))
-    for row, (title, frames, timesteps) in enumerate(strips):
-        for column, (frame, t) in enumerate(zip(frames, timesteps, strict=True)):
-            axes = figure.add_subplot(2, columns, row * columns + column + 1)
+    figure = _figure(width=max(4.0, 0.95 * columns + 0.2), height=3.15)
+    strips = (
+        (0.55, "Forward: noise is added to an image of the data", forward, forward_t),
+        (0.03, "Reverse: the model draws an image out of noise", reverse, reverse_t),
+    )
+    side = 0.96 / columns  # of the figure's width
+    ratio = figure.get_figwidth() / figure.get_figheight()
+    for bottom, title, frames, times in strips:
+        top = bottom + 0.075 + side * 0.92 * ratio
+        figure.text(0.02, top + 0.035, title, color=INK, fontsize=9.5, fontweight="bold")
+        for index, (frame, t) in enumerate(zip(frames, times, strict=True)):
+            left = 0.02 + index * side
+            axes = figure.add_axes((left + 0.04 * side, bottom + 0.075, 0.92 * side, 0.92 * side * ratio))
             axes.imshow(frame.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set_title(f"t = {t}", fontsize=7, color="#444444", pad=3)
-            axes.set_axis_off()
-        figure.text(0.012, 0.965 - 0.49 * row, title, fontsize=9, va="top")
-    figure.subplots_adjust(left=0.012, right=0.988, top=0.84, bottom=0.02, wspace=0.08, hspace=0.55)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set(color=FAINT, linewidth=0.6)
+            figure.text(left + side / 2, bottom + 0.015, f"$t$ = {t}", color=SOFT, fontsize=8, ha="center")
     return _png(figure)
 
 
 def schedule_curves(schedule: NoiseSchedule) -> bytes:
-    """Signal rate and noise rate, and the log signal-to-noise ratio, over the timesteps."""
-    t = np.arange(1, schedule.timesteps + 1)
-    figure = _figure(8.4, 3.2)
+    """Signal rate and noise rate (left) and the log-SNR (right) over the timesteps 1..T."""
+    t = schedule.original_timesteps.numpy()
+    figure = _figure(width=8.4, height=3.3)
     rates, ratio = figure.subplots(1, 2)
-    rates.plot(t, schedule.signal_rate.numpy(), color=_BLUE, label="signal rate")
-    rates.plot(t, schedule.noise_rate.numpy(), color=_ORANGE, label="noise rate")
-    rates.set_ylim(-0.02, 1.05)
-    rates.legend(frameon=False, fontsize=8, loc="center right")
-    ratio.plot(t, schedule.log_snr.numpy(), color=_GREEN)
-    ratio.axhline(0, color=_GREY, linewidth=0.6)
-    for axes, title in ((rates, "what x_t is made of"), (ratio, "log SNR (natural log)")):
-        axes.set_title(title, fontsize=9, loc="left")
-        axes.set_xlabel("timestep t", fontsize=8)
-        _plain(axes)
-    figure.tight_layout()
+    rates.plot(t, schedule.signal_rate.numpy(), color=BLUE, label=r"signal rate $\sqrt{\bar\alpha_t}$")
+    rates.plot(t, schedule.noise_rate.numpy(), color=ORANGE, label=r"noise rate $\sqrt{1-\bar\alpha_t}$")
+    rates.set_ylim(-0.03, 1.03)
+    log_snr = schedule.log_snr.numpy()
+    shown = np.isfinite(log_snr)  # no signal is left at the end of a schedule with zero terminal SNR
+    ratio.plot(t[shown], log_snr[shown], color=INK, label=r"$\log\mathrm{SNR}_t=\log\,\bar\alpha_t/(1-\bar\alpha_t)$")
+    ratio.axhline(0, color=SOFT, linewidth=0.7, linestyle=(0, (3, 3)), zorder=1)
+    for axes in (rates, ratio):
+        _dress(axes, "timestep $t$")
+        axes.set_xlim(0, max(t[-1], 2))
+        _legend(axes)
+    figure.subplots_adjust(left=0.06, right=0.97, top=0.87, bottom=0.15, wspace=0.18)
     return _png(figure)
 
 
-def loss_curve(images: Sequence[int], losses: Sequence[float]) -> bytes:
-    """The loss of every step over images seen, with its running mean; the loss axis is logarithmic."""
-    figure = _figure(7.2, 3.4)
+def loss_curve(images_seen: Sequence[int], losses: Sequence[float], smoothed: Sequence[float] | None = None) -> bytes:
+    """The training loss over images seen, faint, and its smoothed course (by default a running mean).
+
+    The axis of losses is logarithmic where they fall by more than a factor of four. ValueError for unequal lengths.
+    """
+    x, y = np.asarray(images_seen, dtype=float), np.asarray(losses, dtype=float)
+    course = _running_mean(y) if smoothed is None else np.asarray(smoothed, dtype=float)
+    if not len(x) == len(y) == len(course):
+        raise ValueError(f"{len(x)} counts of images, {len(y)} losses, {len(course)} smoothed")
+    figure = _figure(width=7.2, height=3.6)
     axes = figure.subplots()
-    axes.plot(images, losses, color=_GREY, linewidth=0.5, alpha=0.6, label="every step")
-    window = max(1, len(losses) // 50)
-    if window > 1:
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(images[window - 1 :], smooth, color=_BLUE, linewidth=1.6, label=f"mean of {window} steps")
-        axes.legend(frameon=False, fontsize=8)
-    if min(losses) > 0:
+    # A single point makes no line.
+    axes.plot(x, y, color=BLUE, alpha=0.28, linewidth=0.8, label="loss", marker="." if len(x) == 1 else None)
+    axes.plot(x, course, color=BLUE, linewidth=1.8, label="smoothed")
+    finite = course[np.isfinite(course)]
+    if len(finite) and finite.min() > 0 and finite.max() / finite.min() > _LOG_ABOVE:
         axes.set_yscale("log")
-    axes.set_title("training loss", fontsize=9, loc="left")
-    axes.set_xlabel("images seen", fontsize=8)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    _plain(axes)
-    figure.tight_layout()
+        _plain_log_ticks(axes)
+    _dress(axes, "images seen")
+    axes.xaxis.set_major_formatter(_thousands())
+    axes.margins(x=0.015)
+    _legend(axes)
+    if len(finite):
+        axes.annotate(
+            f"{course[-1]:.3g}",
+            (x[-1], course[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=BLUE,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+        )
+    figure.subplots_adjust(left=0.09, right=0.92, top=0.89, bottom=0.14)
     return _png(figure)
+
+
+def _checked(images: Pixels) -> tuple[int, int, int, int]:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+        raise ValueError(f"images must be uint8 [N, H, W, 1 or 3], one or more, not {images.dtype} {images.shape}")
+    n, height, width, channels = images.shape
+    return n, height, width, channels
 
 
 def _figure(width: float, height: float) -> Any:
-    """A figure of its own, off pyplot's global list."""
+    """An empty figure, inches, on a canvas of its own."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=160)
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _plain(axes: Any) -> None:
-    axes.tick_params(labelsize=7, colors="#444444", which="both")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
 def _png(figure: Any) -> bytes:
-    file = io.BytesIO()
-    # No software version and no date in it: the same picture is the same bytes.
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+    return out.getvalue()
+
+
+def _dress(axes: Any, xlabel: str) -> None:
+    """The look that the curves share."""
+    axes.set_xlabel(xlabel, color=INK, fontsize=9.5)
+    axes.tick_params(which="both", colors=SOFT, labelsize=8.5, length=3)
+    axes.grid(True, which="major", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set(color=SOFT, linewidth=0.7)
+
+
+def _legend(axes: Any) -> None:
+    # Above the axes, where no curve can run through it.
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        handlelength=1.4,
+        columnspacing=1.6,
+        borderaxespad=0.2,
+    )
+
+
+def _plain_log_ticks(axes: Any) -> None:
+    """Ticks at a few round numbers of each decade, written plainly."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _thousands() -> Any:
+    """Counts as 500, 20 k, 1.5 M."""
+    from matplotlib.ticker import FuncFormatter
+
+    def written(value: float, _: int) -> str:
+        for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+            if abs(value) >= unit:
+                return f"{value / unit:g}{name}"
+        return f"{value:g}"
+
+    return FuncFormatter(written)
+
+
+def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over the neighbours within half of 5 % of the points, fewer at the ends; same length."""
+    reach = round(len(values) * _SMOOTH / 2)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
+    return (total[high] - total[low]) / (high - low)

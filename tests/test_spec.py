@@ -23,7 +23,7 @@ def test_presets_are_valid(path: Path) -> None:
     [
         ("train.imagse=3", "unknown field train.imagse: did you mean train.images?"),
         ("trian.images=3", "unknown field trian: did you mean train?"),
-        ("diffusion.schedule.betastart=3", "did you mean diffusion.schedule.beta_start?"),
+        ("diffusion.schedule={betastart: 3}", "did you mean diffusion.schedule.beta_start?"),
         ("train.images=many", "train.images: "),
         ("train.images=1.5", "train.images: "),
         ("train.slots=3", "train.slots: 3 is not a power of two"),

@@ -12,7 +12,7 @@ from ddpm_core import GaussianDiffusion, bits_per_dim_estimate, mean_interval
 from ddpm_core.diffusion import Network
 from pipelines.data.pixels import to_model
 from pipelines.errors import UserError
-from pipelines.evaluate.features import PREPROCESSING, FeatureNet, Pixels
+from pipelines.evaluate.features import PREPROCESSING, FeatureNet, Pixels, torch_threads
 from pipelines.evaluate.frechet import (
     Features,
     Statistics,
@@ -56,11 +56,13 @@ def frechet_score(
             f"{len(samples)} samples and {len(held_out)} held-out images are too few for a score, "
             "which takes 2 and 4: raise sample.n or data.held_out"
         )
-    ours, real = net.features(samples, batch), net.features(held_out, batch)
-    blind = net.features(uniform_noise((n, *held_out.shape[1:]), seed), batch)
-    floor = float(real_floor(real, n, seed, splits).mean())
-    value = _against_halves(ours, real, n, seed, splits)
-    low, high = bootstrap_spread(ours, real, seed, replicates)
+    noise = uniform_noise((n, *held_out.shape[1:]), seed)
+    # On one thread: the score's bits do not depend on how many the caller has.
+    with torch_threads(1):
+        ours, real, blind = (net.features(images, batch) for images in (samples, held_out, noise))
+        floor = float(real_floor(real, n, seed, splits).mean())
+        value, worst = (_against_halves(features, real, n, seed, splits) for features in (ours, blind))
+        low, high = bootstrap_spread(ours, real, seed, replicates)
     added = {
         "n": n,
         "samples": len(samples),
@@ -71,7 +73,7 @@ def frechet_score(
         "splits": splits,
         "floor": floor,
         # No floor where all held-out images are the same one; JSON has no infinity.
-        "noise_in_floors": _against_halves(blind, real, n, seed, splits) / floor if floor > 0 else None,
+        "noise_in_floors": worst / floor if floor > 0 else None,
     }
     return Score(FRECHET, value, (max(0.0, value + low), value + high), {**provenance, **added})
 

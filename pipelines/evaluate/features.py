@@ -183,7 +183,7 @@ def train_feature_net(
     if side < MIN_SIDE:
         raise UserError(f"data.image_size: evaluation needs {MIN_SIDE} pixels or more a side, not {side}")
     net = FeatureNet(FeatureConfig(channels=images.shape[3], side=side, classes=classes, width=width))
-    with _torch_threads(threads):
+    with torch_threads(threads):
         _initialise(net, seed)
         _fit(net, to_model(images), torch.from_numpy(labels), epochs, seed)
     return net.eval()
@@ -249,7 +249,8 @@ def _generator(seed: int, purpose: str, *index: int) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Iterator[None]:
+    """Run a block on so many torch threads of this process, then as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

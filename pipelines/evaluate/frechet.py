@@ -4,6 +4,9 @@ Heusel et al. 2017, "GANs trained by a two time-scale update rule converge to a 
 |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). Two finite sets of real images are not at distance 0: what the
 estimate of d features from n images adds falls as 1/n. A distance says something only beside that of real
 images from real images at the same n, the floor.
+
+The algebra is torch's, because torch's threads can be set from within: numpy's, when the cores are shared, spend
+ten times as long on matrices as small as these, and their number would show in the last bits.
 """
 
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ddpm_core import noise
@@ -33,16 +37,17 @@ class Statistics:
             raise ValueError(f"features of two images or more [n, d] are needed, not {list(features.shape)}")
         if not np.isfinite(features).all():
             raise ValueError("the features are not all finite")
-        values = features.astype(np.float64, copy=False)
-        mean = values.mean(axis=0)
+        values = torch.from_numpy(features.astype(np.float64, copy=False))
+        mean = values.mean(dim=0)
         centred = values - mean
-        return Statistics(len(values), mean, centred.T @ centred / (len(values) - 1))
+        covariance = centred.T @ centred / (len(values) - 1)
+        return Statistics(len(values), mean.numpy(), covariance.numpy())
 
     @cached_property
-    def factor(self) -> Features:
+    def factor(self) -> torch.Tensor:
         """A with A A^T = covariance, by eigen-decomposition; eigenvalues that rounding made negative count as 0."""
-        values, vectors = np.linalg.eigh(self.covariance)
-        return vectors * np.sqrt(values.clip(min=0))
+        values, vectors = torch.linalg.eigh(torch.from_numpy(self.covariance))
+        return vectors * values.clamp(min=0).sqrt()
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -51,7 +56,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     With S = A A^T and T = B B^T, the eigenvalues of S T are the squared singular values of A^T B, so that
     tr (S T)^(1/2) is their sum: real, exact to rounding, and at ease with covariances that are not of full rank.
     """
-    overlap = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum()
+    overlap = float(torch.linalg.svdvals(a.factor.T @ b.factor).sum())
     spread = np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
     return max(0.0, float(((a.mean - b.mean) ** 2).sum() + spread))
 

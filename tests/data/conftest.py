@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from data_helpers import Ingest, draw_pictures
 
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
 from pipelines.store import Place
+from tests.data.data_helpers import Ingest, draw_pictures
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from data_helpers import Ingest, draw_pictures, noise_picture
 from PIL import Image
 
 from pipelines.data.ingest import ingest, is_held_out
@@ -22,6 +21,7 @@ from pipelines.data.reader import Reader
 from pipelines.data.sources import open_source
 from pipelines.errors import UserError
 from pipelines.store import DamageError, Place
+from tests.data.data_helpers import Ingest, draw_pictures, noise_picture
 
 
 def files_of(place: Place) -> dict[str, bytes]:

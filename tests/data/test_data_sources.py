@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import draw_pictures
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipelines.data.ingest import Recipe, pixels_of
 from pipelines.data.sources import NO_LABEL, Digits, load_image, open_source
 from pipelines.errors import UserError
+from tests.data.data_helpers import draw_pictures
 
 
 def test_digits_are_scikit_learns() -> None:

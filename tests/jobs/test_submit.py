@@ -238,7 +238,8 @@ def test_a_head_without_authentication_is_used_with_a_warning_and_not_told_the_t
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     (warning,) = try_to_connect(door.address)
     assert "asks for no token" in warning
-    assert set(door.headers) == {None}
+    # (In a process that drives a cluster of its own, Ray adds that one's token by itself.)
+    assert "Bearer secret" not in door.headers
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}"])

@@ -132,8 +132,8 @@ def test_the_first_step_is_what_the_contract_says(
     run = make_run(spec, dataset, tmp_path)
     train(tiny_spec(train__images=32, train__log_every=1), dataset, run)
     row = next(iter(run.journal.read(1)))
-    assert row.exact["loss"] == pytest.approx(float(loss), rel=1e-6)
-    assert row.exact["gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert row.exact["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert row.exact["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5)
     trained = run.checkpoints.load(1).model
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-4, atol=1e-5)
