@@ -16,7 +16,7 @@ def show_run(result: Result, ui_command: str) -> None:
     if not result.steps_done:
         console.print("Nothing to do: every step of this spec is done.")
     show_scores(result.scores, result.evidence)
-    console.print(f"champion   {result.name} version {result.version}")
+    console.print(f"champion   {result.name} version {result.champion}")
     console.print(f"samples    {result.samples['n']:,} images in {result.samples['out']}")
     console.print(f"pictures   {result.grid}")
     console.print(f"run        {result.folder}")

@@ -11,7 +11,7 @@ from pipelines.data.reader import Reader
 from pipelines.models import Model
 from pipelines.sample import Samples, read_samples
 from pipelines.spec import Spec
-from pipelines.store import Place
+from pipelines.store import Place, sha256
 from pipelines.train.run import Run
 
 GRID, TRAJECTORY, SCHEDULE, LOSS = "grid.png", "trajectory.png", "schedule.png", "loss.png"
@@ -20,15 +20,19 @@ _GRID_IMAGES = 64
 _FRAMES = 9
 
 
-def draw_pictures(spec: Spec, dataset: Dataset, model: Model, training: Run, samples: Samples) -> None:
-    """Write every picture of a finished run into its folder."""
+def draw_pictures(spec: Spec, dataset: Dataset, model: Model, training: Run, samples: Samples) -> dict[str, str]:
+    """Write every picture of a finished run into its folder; the sha256 of each."""
     process, _ = model.build()
-    (training.place / GRID).write(_grid(samples))
-    (training.place / TRAJECTORY).write(_trajectory(spec, dataset, model))
-    (training.place / SCHEDULE).write(report.schedule_curves(process.schedule))
-    rows = list(training.journal.read(training.last_step()))
-    images, losses = [row.images for row in rows], [row.exact["loss"] for row in rows]
-    (training.place / LOSS).write(report.loss_curve(images, losses))
+    rows = list(training.journal.read(spec.train.total_steps))
+    pictures = {
+        GRID: _grid(samples),
+        TRAJECTORY: _trajectory(spec, dataset, model),
+        SCHEDULE: report.schedule_curves(process.schedule),
+        LOSS: report.loss_curve([row.images for row in rows], [row.exact["loss"] for row in rows]),
+    }
+    for name, picture in pictures.items():
+        (training.place / name).write(picture)
+    return {name: sha256(picture) for name, picture in pictures.items()}
 
 
 def draw_grid(samples: Samples) -> Place:

@@ -1,7 +1,7 @@
 """The main job: ingest -> train -> evaluate -> sample -> register -> promote, each a content-addressed step."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipelines.data.ingest import ingest
@@ -12,7 +12,7 @@ from pipelines.models import Model, of_checkpoint
 from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.steps import Done, Step, Steps
-from pipelines.store import MANIFEST, Place, identity
+from pipelines.store import Place, identity, sha256
 from pipelines.train.run import Run
 
 
@@ -28,6 +28,8 @@ class Result:
     samples: dict[str, Any]
     name: str
     version: int
+    champion: int | None
+    """The version that has the alias now; another one where somebody decided so later."""
     decision: dict[str, Any]
     steps_done: list[str]
     steps_skipped: list[str]
@@ -40,11 +42,15 @@ def run(spec: Spec, session: Session) -> Result:
     dataset = Dataset.open(session.store / ingested.outputs["dataset"])
     trained = steps.run(train_step(spec, dataset, session))
     training = Run(session.store / "runs" / trained.outputs["run"])
-    model = of_checkpoint(training, trained.outputs["step"])
+    # The run's own record has the spec it was first trained by; sampling and gates are those of this one.
+    model = replace(of_checkpoint(training, trained.outputs["step"]), spec=spec)
     evaluated = steps.run(evaluate_step(spec, dataset, model, session))
     sampled = steps.run(sample_step(spec, dataset, model, training, session))
     registered = steps.run(register_step(spec, dataset, model, training, evaluated, sampled, session))
-    promoted = steps.run(promote_step(spec, registered.outputs["version"], session))
+    promoted = steps.run(promote_step(spec, registered.outputs, session))
+    champion = session.tracker.champion(spec.name)
+    if champion != registered.outputs["version"]:
+        session.progress.say(f"warning: {spec.name}@champion is version {champion} now, by a later decision")
     every = {
         "ingest": ingested,
         "train": trained,
@@ -62,6 +68,7 @@ def run(spec: Spec, session: Session) -> Result:
         samples={**sampled.outputs, "out": str(session.store / sampled.outputs["out"])},
         name=spec.name,
         version=registered.outputs["version"],
+        champion=champion,
         decision=promoted.outputs["decision"],
         steps_done=[name for name, step in every.items() if not step.skipped],
         steps_skipped=[name for name, step in every.items() if step.skipped],
@@ -101,7 +108,7 @@ def ingest_step(spec: Spec, session: Session) -> Step:
     """Images become shards."""
     source = open_source(spec.data.source)
     recipe = {name: getattr(spec.data, name) for name in ("image_size", "channels", "held_out", "shard_images")}
-    inputs = {"kind": source.kind, "fingerprint": source.fingerprint(), **recipe}
+    inputs = {"kind": source.kind, "name": source.name, "fingerprint": source.fingerprint(), **recipe}
     folder = f"datasets/{spec.name}-{identity(inputs)[:12]}"
 
     def work() -> dict[str, Any]:
@@ -115,6 +122,7 @@ def ingest_step(spec: Spec, session: Session) -> Step:
 
     return Step(
         name="ingest",
+        version=1,
         inputs=inputs,
         work=work,
         needs=lambda outputs: (session.store / outputs["dataset"] / CARD).exists(),
@@ -134,6 +142,7 @@ def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
 
     return Step(
         name="train",
+        version=1,
         inputs={
             **spec.training_fields(),
             "dataset": dataset.digest,
@@ -141,7 +150,7 @@ def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
             "name": spec.name,
         },
         work=work,
-        needs=lambda outputs: (Place.of(outputs["checkpoint"]) / MANIFEST).exists(),
+        needs=lambda outputs: Run(session.store / "runs" / outputs["run"]).checkpoints.verifies(outputs["step"]),
         doing=f"{spec.train.workers} workers start",
     )
 
@@ -156,6 +165,7 @@ def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) 
 
     return Step(
         name="evaluate",
+        version=1,
         inputs={
             "model": model.digest,
             "dataset": dataset.digest,
@@ -170,22 +180,28 @@ def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) 
 
 def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, session: Session) -> Step:
     """Images in bulk, and the pictures of the run."""
-    from pipelines.pictures import PICTURES, draw_pictures
+    from pipelines.pictures import draw_pictures
     from pipelines.sample import sample_spec
 
     def work() -> dict[str, Any]:
         samples = sample_spec(model, spec, spec.sample.n, session)
-        draw_pictures(spec, dataset, model, training, samples)
+        pictures = draw_pictures(spec, dataset, model, training, samples)
         out = Place.of(samples.out).path.relative_to(session.store.path).as_posix()
         summary = f"{samples.n:,} images, grid at {training.place / 'grid.png'}"
-        return {"out": out, "n": samples.n, "sha256": samples.sha256, "summary": summary}
+        return {"out": out, "n": samples.n, "sha256": samples.sha256, "pictures": pictures, "summary": summary}
 
     def needs(outputs: Mapping[str, Any]) -> bool:
-        there = (session.store / outputs["out"] / "manifest.json").exists()
-        return there and all((training.place / name).exists() for name in PICTURES)
+        if not (session.store / outputs["out"] / "manifest.json").exists():
+            return False
+        # A longer run, or other samplings of this one, may have drawn into the same folder since.
+        return all(
+            (training.place / name).exists() and sha256((training.place / name).read()) == digest
+            for name, digest in outputs["pictures"].items()
+        )
 
     return Step(
         name="sample",
+        version=1,
         inputs={"model": model.digest, "sampling": _sampling(spec), "n": spec.sample.n, "run": training.name},
         work=work,
         needs=needs,
@@ -207,21 +223,24 @@ def register_step(
 
     return Step(
         name="register",
+        version=1,
         inputs={
             "model": model.digest,
             "name": spec.name,
+            "spec": spec.model_dump(mode="json", include={"sample", "evaluate", "promote"}),
             "scores": scores["scores"],
             "samples": sampled.outputs["sha256"],
             "tracking": session.tracking_uri,
         },
         work=work,
-        needs=lambda outputs: session.tracker.still_there(),
+        needs=lambda outputs: session.tracker.has_version(spec.name, outputs["version"], model.digest),
         doing=f"as {spec.name}",
     )
 
 
-def promote_step(spec: Spec, version: int, session: Session) -> Step:
-    """The gates decide."""
+def promote_step(spec: Spec, registered: Mapping[str, Any], session: Session) -> Step:
+    """The gates decide, once for a registered version: a later rollback is not undone by running the spec again."""
+    version = registered["version"]
 
     def work() -> dict[str, Any]:
         from pipelines.registry.promote import promote
@@ -231,14 +250,15 @@ def promote_step(spec: Spec, version: int, session: Session) -> Step:
 
     return Step(
         name="promote",
+        version=1,
         inputs={
             "name": spec.name,
             "version": version,
+            "run_id": registered["run_id"],
             "gates": spec.promote.model_dump(mode="json"),
             "tracking": session.tracking_uri,
         },
         work=work,
-        needs=lambda outputs: session.tracker.still_there(),
         doing="through the gates",
     )
 

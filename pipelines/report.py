@@ -61,26 +61,29 @@ def trajectory(forward: Pixels, forward_t: Sequence[int], reverse: Pixels, rever
         _checked(frames)
         if len(frames) != len(times):
             raise ValueError(f"{len(frames)} frames and {len(times)} times")
-    columns = max(len(forward), len(reverse))
-    figure = _figure(width=max(4.0, 0.95 * columns + 0.2), height=3.15)
+    # All in inches: a strip is its title, the frames, their captions.
+    pitch, side, margin, caption, strip = 0.95, 0.88, 0.16, 0.22, 1.62
+    width = max(4.2, max(len(forward), len(reverse)) * pitch + 2 * margin)
+    figure = _figure(width, 2 * strip)
+    height = figure.get_figheight()
     strips = (
-        (0.55, "Forward: noise is added to an image of the data", forward, forward_t),
-        (0.03, "Reverse: the model draws an image out of noise", reverse, reverse_t),
+        (strip, "Forward: noise is added to an image of the data", forward, forward_t),
+        (0.0, "Reverse: the model draws an image out of noise", reverse, reverse_t),
     )
-    side = 0.96 / columns  # of the figure's width
-    ratio = figure.get_figwidth() / figure.get_figheight()
-    for bottom, title, frames, times in strips:
-        top = bottom + 0.075 + side * 0.92 * ratio
-        figure.text(0.02, top + 0.035, title, color=INK, fontsize=9.5, fontweight="bold")
+    for low, title, frames, times in strips:
+        bottom = low + margin + caption
+        figure.text(margin / width, (bottom + side + 0.1) / height, title, color=INK, fontsize=9.5, fontweight="bold")
         for index, (frame, t) in enumerate(zip(frames, times, strict=True)):
-            left = 0.02 + index * side
-            axes = figure.add_axes((left + 0.04 * side, bottom + 0.075, 0.92 * side, 0.92 * side * ratio))
-            axes.imshow(frame.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            left = margin + index * pitch
+            axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+            # As RGB: a colour map would round the greys.
+            axes.imshow(np.broadcast_to(frame, (*frame.shape[:2], 3)), interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
             for spine in axes.spines.values():
                 spine.set(color=FAINT, linewidth=0.6)
-            figure.text(left + side / 2, bottom + 0.015, f"$t$ = {t}", color=SOFT, fontsize=8, ha="center")
+            middle, below = (left + side / 2) / width, (low + margin) / height
+            figure.text(middle, below, f"$t$ = {t}", color=SOFT, fontsize=8, ha="center")
     return _png(figure)
 
 

@@ -20,6 +20,8 @@ class Step:
     """A verb applied to inputs."""
 
     name: str
+    version: int
+    """Raised with the code wherever the same inputs now mean other outputs."""
     inputs: Mapping[str, Any]
     """Spec fields and upstream digests, as plain values: all that decides the outputs."""
     work: Callable[[], dict[str, Any]]
@@ -30,7 +32,7 @@ class Step:
 
     @property
     def key(self) -> str:
-        return identity({"format": FORMAT, "step": self.name, "inputs": dict(self.inputs)})
+        return identity({"format": FORMAT, "step": self.name, "version": self.version, "inputs": dict(self.inputs)})
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,9 @@ class Place:
         except ValueError as error:
             raise DamageError(f"{self / MANIFEST} is not JSON: {error}") from None
         if manifest.get("format") != MANIFEST_FORMAT:
-            raise DamageError(f"{self / MANIFEST} has format {manifest.get('format')}, not {MANIFEST_FORMAT}")
+            raise UserError(
+                f"{self / MANIFEST} has format {manifest.get('format')}: this version reads {MANIFEST_FORMAT}"
+            )
         files = {}
         for name in names or manifest["files"]:
             try:

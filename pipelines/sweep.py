@@ -82,6 +82,7 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
 
     return Step(
         name="sweep",
+        version=1,
         inputs=inputs,
         work=work,
         needs=lambda outputs: Place.of(outputs["winner"]).exists(),

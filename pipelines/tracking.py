@@ -159,6 +159,31 @@ class Tracker:
         local = self.address.uri.removeprefix("sqlite:///")
         return local == self.address.uri or Path(local).exists()
 
+    def has_version(self, name: str, version: int, model_digest: str) -> bool:
+        """Whether the registry holds this version, of this model."""
+        from mlflow.exceptions import MlflowException
+
+        if not self.still_there():
+            return False
+        try:
+            found = self.client().get_model_version(name, str(version))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return found.tags.get("model_digest") == model_digest
+
+    def champion(self, name: str) -> int | None:
+        """The version that has the alias `champion`, if there is one."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return int(self.client().get_model_version_by_alias(name, "champion").version)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
     def finish(self, run_id: str, tags: Mapping[str, str]) -> None:
         client = self.client()
         _set_tags(client, run_id, tags)

@@ -15,7 +15,7 @@ def counting(inputs: dict[str, Any], calls: list[int], there: list[bool] | None 
         calls.append(1)
         return {"value": len(calls)}
 
-    return Step(name="s", inputs=inputs, work=work, needs=lambda outputs: there is None or there[0])
+    return Step(name="s", version=1, inputs=inputs, work=work, needs=lambda outputs: there is None or there[0])
 
 
 def test_same_inputs_nothing_to_do(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_a_step_that_dies_leaves_no_record(tmp_path: Path) -> None:
         raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError):
-        steps.run(Step(name="s", inputs={}, work=die))
+        steps.run(Step(name="s", version=1, inputs={}, work=die))
     assert Place.of(tmp_path).list() == []
 
 

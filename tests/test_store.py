@@ -50,7 +50,7 @@ def test_folder_is_read_back_and_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(DamageError, match="not JSON"):
         folder.read_folder()
     (folder / MANIFEST).path.write_text('{"format": 99, "files": {}}')
-    with pytest.raises(DamageError, match="format 99"):
+    with pytest.raises(UserError, match="format 99"):
         folder.read_folder()
 
 

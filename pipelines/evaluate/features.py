@@ -48,7 +48,7 @@ WARM_UP = 0.3
 """Part of the training in which the learning rate rises."""
 WEIGHT_DECAY = 1e-2
 DROPOUT = 0.2
-NOISE = 0.2
+NOISE = 0.1
 """Standard deviation of the noise on training images, in units of [-1, 1]."""
 SHIFT = 1 / 8
 """Largest shift of a training image, as a part of its side."""

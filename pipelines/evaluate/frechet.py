@@ -37,7 +37,7 @@ class Statistics:
             raise ValueError(f"features of two images or more [n, d] are needed, not {list(features.shape)}")
         if not np.isfinite(features).all():
             raise ValueError("the features are not all finite")
-        values = torch.from_numpy(features.astype(np.float64, copy=False))
+        values = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float64))
         mean = values.mean(dim=0)
         centred = values - mean
         covariance = centred.T @ centred / (len(values) - 1)

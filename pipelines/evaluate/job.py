@@ -11,7 +11,9 @@ from pipelines.data.pixels import to_pixels
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
 from pipelines.evaluate.evaluate import bits_score, estimate_bits, frechet_score
+from pipelines.evaluate.features import FORMAT as FEATURES_FORMAT
 from pipelines.evaluate.features import FeatureNet, train_feature_net
+from pipelines.evaluate.frechet import generator
 from pipelines.evaluate.scores import Score
 from pipelines.models import Model
 from pipelines.sample import read_samples, sample_spec
@@ -51,7 +53,7 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
     net = feature_net(dataset, spec.evaluate, spec.seed, session)
 
     # The bound's tasks run beside the sampling; each takes a fixed part of the images, whoever computes it.
-    images = held_out[: spec.evaluate.bits_images]
+    images = _some(held_out, spec.evaluate.bits_images, spec.seed)
     parts = [images[i : i + _BITS_BATCH] for i in range(0, len(images), _BITS_BATCH)]
     task = ray.remote(num_cpus=spec.sample.threads)(_bits_of)
     shared = ray.put(model)
@@ -93,7 +95,7 @@ def feature_net(dataset: Dataset, evaluate: Evaluate, seed: int, session: Sessio
 
 def held_out_bits(model: Model, dataset: Dataset, spec: Spec) -> float:
     """Bits/dim of a model on the held-out images, estimated in this process."""
-    images = Reader(dataset.split("held-out")).read_all()[0][: spec.evaluate.bits_images]
+    images = _some(Reader(dataset.split("held-out")).read_all()[0], spec.evaluate.bits_images, spec.seed)
     parts = [images[i : i + _BITS_BATCH] for i in range(0, len(images), _BITS_BATCH)]
     threads, timesteps = spec.train.threads, spec.evaluate.bits_timesteps
     estimates = [_bits_of(model, part, spec.seed, timesteps, threads) for part in parts]
@@ -118,6 +120,12 @@ def sampled_frechet(model: Model, dataset: Dataset, spec: Spec, store: Place, n:
     return score.value
 
 
+def _some(images: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """n of the images, drawn by the seed: a dataset may hold them class by class."""
+    chosen = generator(seed, "bits-images").permutation(len(images))[:n]
+    return images[np.sort(chosen)]
+
+
 def _check_fits(model: Model, dataset: Dataset) -> None:
     data = model.spec.data
     if (data.image_size, data.channels) != (dataset.image_size, dataset.channels):
@@ -128,7 +136,12 @@ def _check_fits(model: Model, dataset: Dataset) -> None:
 
 
 def _feature_place(dataset: Dataset, evaluate: Evaluate, seed: int, store: Place) -> Place:
-    fields = {"width": evaluate.feature_width, "epochs": evaluate.feature_epochs, "seed": seed, "format": 1}
+    fields = {
+        "width": evaluate.feature_width,
+        "epochs": evaluate.feature_epochs,
+        "seed": seed,
+        "format": FEATURES_FORMAT,
+    }
     return store / "features" / f"{identity({'dataset': dataset.digest, **fields})[:16]}.safetensors"
 
 

@@ -18,7 +18,7 @@ def register_run(
     spec: Spec, dataset: Dataset, model: Model, training: Run, evaluation: Mapping[str, Any], tracker: Tracker
 ) -> tuple[int, str]:
     """Complete the run in MLflow (metrics, scores, pictures) and register its model; (version, MLflow run id)."""
-    step = training.checkpoints.steps()[-1]
+    step = spec.train.total_steps
     run_id = tracker.run_id(training, spec, dataset)
     tracker.ship(training, spec.train.log_every, final=True)
     tracker.scores(run_id, evaluation["evidence"], step=step)

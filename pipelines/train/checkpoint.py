@@ -14,7 +14,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from pipelines.store import MANIFEST, DamageError, Place, sha256
+from pipelines.errors import UserError
+from pipelines.store import MANIFEST, DamageError, Place
 
 FORMAT = 1
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
@@ -62,7 +63,8 @@ class Checkpoints:
             STATE: (json.dumps(state, indent=2, sort_keys=True) + "\n").encode(),
         }
         self.at(checkpoint.step).commit_folder(files)
-        for step in self.steps()[:-keep]:
+        # Only what this one supersedes: a later one that was passed over as damaged is not a reason to lose it.
+        for step in [step for step in self.steps() if step <= checkpoint.step][:-keep]:
             self.at(step).remove()
 
     def load(self, step: int) -> Checkpoint:
@@ -70,7 +72,7 @@ class Checkpoints:
         files = self.at(step).read_folder(MODEL, EMA, OPTIMIZER, STATE)
         state = json.loads(files[STATE])
         if state["format"] != FORMAT:
-            raise DamageError(f"{self.at(step) / STATE} has format {state['format']}, not {FORMAT}")
+            raise UserError(f"{self.at(step) / STATE} has format {state['format']}: this version reads {FORMAT}")
         return Checkpoint(
             step=state["step"],
             images=state["images"],
@@ -89,6 +91,14 @@ class Checkpoints:
                 warnings.warn(f"checkpoint {step} is damaged and passed over: {error}", stacklevel=2)
         return None
 
+    def verifies(self, step: int) -> bool:
+        """Whether a step's checkpoint is there and every file of it is what was written."""
+        try:
+            self.at(step).read_folder()
+        except DamageError:
+            return False
+        return True
+
     def digests(self, step: int) -> dict[str, str]:
         """sha256 of each file of a step's checkpoint, by its manifest."""
         return (self.at(step) / MANIFEST).read_json()["files"]
@@ -96,8 +106,3 @@ class Checkpoints:
 
 def _tensors(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-
-
-def weights_digest(data: bytes) -> str:
-    """How a set of weights is named wherever it goes: sha256 of its safetensors file."""
-    return sha256(data)

@@ -59,6 +59,8 @@ def train(
         )
     with run.driving():
         run.describe(spec, dataset.digest)
+        # Workers verify again; here, a damaged one is named where the user reads it.
+        run.checkpoints.latest()
         _check_resources(spec, cluster)
         tracker.start(run, spec, dataset)
         _fit_and_watch(spec, dataset, run, tracker, progress)
@@ -72,7 +74,7 @@ def train(
 def trained(run: Run, spec: Spec) -> Trained | None:
     """What a finished run made, or None while it is not finished."""
     step = spec.train.total_steps
-    if step not in run.checkpoints.steps():
+    if not run.checkpoints.verifies(step):
         return None
     digests = run.checkpoints.digests(step)
     return Trained(
