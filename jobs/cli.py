@@ -7,6 +7,7 @@ to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 i
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def run(
     parsed = load_spec(spec, overrides or ())
     with _session(parsed, storage, tracking_uri) as session:
         result = run_pipeline(parsed, session)
-    _print(as_json, asdict(result), lambda: show_run(result, _ui_command(storage, tracking_uri)))
+    _print(as_json, asdict(result), lambda: show_run(result, _ui_command(session)))
 
 
 @app.command()
@@ -321,11 +322,12 @@ def _print(as_json: bool, value: Any, show: Any) -> None:
         show()
 
 
-def _ui_command(storage: str | None, tracking_uri: str | None) -> str:
-    options = [("--storage", storage), ("--tracking-uri", tracking_uri)]
+def _ui_command(session: Any) -> str:
+    """The command that shows this session's runs, wherever it is typed."""
     beside = Path(sys.argv[0])
-    command = str(beside) if beside.name == "ddpm" else "ddpm"
-    return " ".join([command, "ui", *(f"{name} {value}" for name, value in options if value)])
+    command = [str(beside.absolute()) if beside.name == "ddpm" else "ddpm", "ui", "--storage", str(session.store)]
+    local = session.tracking_uri == f"sqlite:///{session.store / 'mlflow.db'}"
+    return shlex.join([*command, *([] if local else ["--tracking-uri", session.tracking_uri])])
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipelines.progress import Progress as Listener
@@ -79,7 +80,7 @@ class LiveView(_View):
 
     def start(self, step: str, doing: str = "") -> None:
         self._drop()
-        self._task = self._bar.add_task(step, total=None, figures=f"[dim]{doing}[/dim]")
+        self._task = self._bar.add_task(step, total=None, figures=f"[dim]{escape(doing)}[/dim]")
         self._began, self._started = (0.0, 0), time.monotonic()
 
     def advance(self, done: int, total: int, unit: str, rate: float | None = None, **figures: float) -> None:
@@ -98,7 +99,7 @@ class LiveView(_View):
     def finish(self, step: str, outcome: str, skipped: bool = False) -> None:
         mark = "[dim]=[/dim]" if skipped else "[green]✓[/green]"
         note = " [dim](done before)[/dim]" if skipped else f" [dim]{time.monotonic() - self._started:.1f} s[/dim]"
-        self._console.print(f"{mark} [bold]{step:<9}[/bold] {outcome}{note}")
+        self._console.print(f"{mark} [bold]{step:<9}[/bold] {escape(outcome)}{note}", soft_wrap=True)
         self._drop()
 
     def say(self, text: str) -> None:

@@ -87,4 +87,4 @@ def _table(*columns: tuple[str, Literal["left", "right"]]) -> Table:
 
 def _console() -> Console:
     # A log has no width; a terminal too narrow for a line wraps it itself.
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    return Console(highlight=False, soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 160)

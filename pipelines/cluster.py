@@ -56,6 +56,14 @@ class Cluster:
 
         return ray
 
+    def check_cpus(self, field: str, need: int) -> None:
+        """UserError, naming the field, where no task of so many CPUs can ever run."""
+        have = self.cpus()
+        if need > have:
+            raise UserError(
+                f"{field}: {need} threads in one process need {need} CPUs, the cluster has {have}: lower it"
+            )
+
     def cpus(self) -> int:
         """CPUs of the whole cluster."""
         return int(self.connect().cluster_resources().get("CPU", 0))
@@ -94,6 +102,8 @@ def _local() -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_urlsafe(32))
     # A variable of the surroundings must not turn "start a cluster here" into "join that one".
     os.environ.pop("RAY_ADDRESS", None)
+    # Ray turns 127.0.0.1 into the host's address where it expects a cluster of several hosts; this says there is none.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     if ray.is_initialized():  # by whoever called us as a library: theirs to end
@@ -108,7 +118,8 @@ def _local() -> Iterator[None]:
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=folder,
+            # Below ours, which is closed to other users: Ray opens its own to all.
+            _temp_dir=f"{folder}/r",
             _node_ip_address="127.0.0.1",
             **_QUIET,
         )

@@ -87,6 +87,8 @@ def find_model(text: str, store: Place, tracker: Tracker) -> Model:
         return download(name, version, tracker.existing())
     if (Path(text) / EMA).exists():
         folder = Place.of(text)
+        if not folder.name.isdigit() or not (folder.path.parent.parent / "run.json").exists():
+            raise UserError(f"MODEL {text}: this checkpoint is not in its run's folder, whose run.json says what it is")
         return of_checkpoint(Run(Place(folder.path.parent.parent)), int(folder.name))
     run = find_run(text, store)
     return of_checkpoint(run, run.last_step())

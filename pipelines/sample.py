@@ -20,9 +20,10 @@ from pipelines.models import Model
 from pipelines.progress import Progress
 from pipelines.session import Session
 from pipelines.spec import Spec
-from pipelines.store import DamageError, Place, identity, sha256
+from pipelines.store import DamageError, Place, check_writable, identity, sha256
 
 FORMAT = 1
+_CHUNK_RETRIES = 3
 _JOB, _MANIFEST, _LOCK = "job.json", "manifest.json", ".lock"
 
 
@@ -59,8 +60,8 @@ class Job:
     def record(self) -> dict[str, Any]:
         return {"format": FORMAT, "model_digest": self.model_digest, **asdict(self.settings)}
 
-    def claim(self) -> None:
-        """Take the place for this job. UserError where another job's images lie there."""
+    def check_place(self) -> None:
+        """UserError where the place cannot be written, or holds another job or other files."""
         record = self.record()
         if (self.place / _JOB).exists():
             there = (self.place / _JOB).read_json()
@@ -70,10 +71,15 @@ class Job:
                     f"--out {self.place}: holds another sampling job, which differs in {', '.join(differing)}; "
                     "name another folder"
                 )
-            return
-        if set(self.place.list()) - {_LOCK}:
+        elif set(self.place.list()) - {_LOCK}:
             raise UserError(f"--out {self.place}: is not empty and holds no sampling job; name another folder")
-        (self.place / _JOB).write_json(record)
+        check_writable(self.place)
+
+    def claim(self) -> None:
+        """Take the place for this job, with its lock held."""
+        self.check_place()
+        if not (self.place / _JOB).exists():
+            (self.place / _JOB).write_json(self.record())
 
     def shard(self, chunk: int) -> Place:
         return self.place / f"samples-{chunk:06d}.tar"
@@ -90,7 +96,7 @@ class Job:
         if record["format"] != FORMAT or record["job"] != identity(self.record()):
             return 0
         shard = self.shard(chunk)
-        return record["count"] if shard.exists() and shard.path.stat().st_size == record["bytes"] else 0
+        return record["count"] if shard.exists() and sha256(shard.read()) == record["sha256"] else 0
 
     def read(self, n: int) -> Iterator[np.ndarray]:
         """The first n images in index order, chunk by chunk, uint8 [<=chunk, H, W, C], each shard verified."""
@@ -156,6 +162,7 @@ def sample_job(
 ) -> Samples:
     """Make images 0..n-1 of a job in `out`; those that are there already are kept."""
     job = Job(out, settings, model.digest)
+    job.check_place()
     with (out / _LOCK).lock(f"sampling into {out}"):
         job.claim()
         missing = _missing(job, n)
@@ -169,7 +176,8 @@ def sample_job(
         for images in job.read(n):
             digest.update(images.tobytes())
         samples = Samples(str(out), n, digest.hexdigest())
-        (out / _MANIFEST).write_json({**job.record(), "n": n, "sha256": samples.sha256})
+        if not (out / _MANIFEST).exists() or (out / _MANIFEST).read_json()["n"] <= n:
+            (out / _MANIFEST).write_json({**job.record(), "n": n, "sha256": samples.sha256})
     return samples
 
 
@@ -200,24 +208,36 @@ def _missing(job: Job, n: int) -> list[tuple[int, int]]:
 def _make(model: Model, job: Job, missing: list[tuple[int, int]], cluster: Cluster, workers: int) -> Iterator[int]:
     """Make chunks on a pool of actors; yields the images of each one as it is committed."""
     ray = cluster.connect()
+    cluster.check_cpus("sample.threads", job.settings.threads)
     actors = min(workers, len(missing), max(1, cluster.cpus() // job.settings.threads))
-    # An actor that dies is started anew and its chunk made again; a commit is whole or not there.
-    artist = ray.remote(num_cpus=job.settings.threads, max_restarts=-1, max_task_retries=-1)(_Artist)
+    # An actor that dies is started anew and its chunk made again; a commit is whole or not there. A chunk that kills
+    # every process that tries it (for want of memory, mostly) ends the job.
+    options = {"num_cpus": job.settings.threads, "max_restarts": -1, "max_task_retries": _CHUNK_RETRIES}
+    artist = ray.remote(**options)(_Artist)
     shared = ray.put(model)
     pool = [artist.remote(job) for _ in range(actors)]
     try:
         waiting = list(reversed(missing))
-        running = {}
-        for actor in pool:
+        running: dict[Any, tuple[Any, int]] = {}
+
+        def start(actor: Any) -> None:
             chunk, count = waiting.pop()
-            running[actor.make.remote(shared, chunk, count)] = actor
+            running[actor.make.remote(shared, chunk, count)] = (actor, chunk)
+
+        for actor in pool:
+            start(actor)
         while running:
             finished, _ = ray.wait(list(running), num_returns=1)
-            actor = running.pop(finished[0])
+            actor, chunk = running.pop(finished[0])
             if waiting:
-                chunk, count = waiting.pop()
-                running[actor.make.remote(shared, chunk, count)] = actor
-            yield ray.get(finished[0])
+                start(actor)
+            try:
+                yield ray.get(finished[0])
+            except ray.exceptions.RayActorError:
+                raise RuntimeError(
+                    f"chunk {chunk} ended its process {_CHUNK_RETRIES + 1} times; if memory ran out, "
+                    "lower sample.chunk or sample.workers"
+                ) from None
     finally:
         for actor in pool:
             ray.kill(actor)

@@ -78,7 +78,9 @@ def test_only_missing_chunks_are_made_and_damage_counts_as_missing(
     draw(model, 40, out, cluster)
     kept = os.stat(out / "samples-000000.tar").st_mtime_ns
     (out / "chunks" / "000001.json").unlink()  # killed between shard and record
-    (out / "samples-000002.tar").write_bytes(b"half")  # killed in mid-write, by another program's hand
+    torn = bytearray((out / "samples-000002.tar").read_bytes())
+    torn[700] ^= 1
+    (out / "samples-000002.tar").write_bytes(torn)  # the disk's doing
     again = draw(model, 40, out, cluster)
     assert again.sha256 == forty.sha256
     assert os.stat(out / "samples-000000.tar").st_mtime_ns == kept
@@ -106,7 +108,7 @@ def test_a_folder_with_other_files_is_refused_untouched(model: Model, cluster: C
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         draw(model, 5, tmp_path, cluster)
-    assert sorted(n for n in os.listdir(tmp_path) if not n.startswith(".")) == ["letter.txt"]
+    assert os.listdir(tmp_path) == ["letter.txt"]
 
 
 def test_the_stock_library_reads_the_shards(forty: Samples) -> None:

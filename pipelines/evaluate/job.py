@@ -55,6 +55,7 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
     # The bound's tasks run beside the sampling; each takes a fixed part of the images, whoever computes it.
     images = _some(held_out, spec.evaluate.bits_images, spec.seed)
     parts = [images[i : i + _BITS_BATCH] for i in range(0, len(images), _BITS_BATCH)]
+    session.cluster.check_cpus("sample.threads", spec.sample.threads)
     task = ray.remote(num_cpus=spec.sample.threads)(_bits_of)
     shared = ray.put(model)
     bits = [task.remote(shared, part, spec.seed, spec.evaluate.bits_timesteps, spec.sample.threads) for part in parts]

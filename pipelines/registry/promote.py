@@ -1,6 +1,7 @@
 """Promotion to `champion`: only with evidence, only through the gates, and always with a record of the decision."""
 
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -65,15 +66,17 @@ def promote(name: str, version: str, gates: Gates, tracking_uri: str, store: Pla
         "promoted": promoted,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if promoted:
+        if _champion(name, tracking_uri) != previous:
+            raise Refused(f"{name}: somebody else moved the alias {CHAMPION} meanwhile, look again")
+        registry.set_registered_model_alias(name, CHAMPION, found.version)
     stamp = decision["time"].replace(":", "").replace("+0000", "Z")
-    (store / "decisions" / f"{name}-v{found.version}-{stamp}.json").write_json(decision)
+    place = store / "decisions" / f"{name}-v{found.version}-{stamp}-{secrets.token_hex(2)}.json"
+    place.write_json(decision)
     registry.set_model_version_tag(name, found.version, "decision", json.dumps(decision))
     if not promoted:
         failed = "; ".join(str(v) for v in verdicts if not v.passed)
         raise Refused(f"{name} version {found.version} is not promoted: {failed}")
-    if _champion(name, tracking_uri) != previous:
-        raise Refused(f"{name}: somebody else moved the alias {CHAMPION} meanwhile, look again")
-    registry.set_registered_model_alias(name, CHAMPION, found.version)
     return decision
 
 

@@ -87,9 +87,7 @@ def list_models(tracking_uri: str, name: str | None = None) -> list[dict[str, An
     """Registered models with their versions, tags and aliases, as plain values."""
     registry = client(tracking_uri)
     models = []
-    for registered in registry.search_registered_models():
-        if name is not None and registered.name != name:
-            continue
+    for registered in _registered(registry, name):
         aliases = registered.aliases
         versions = [
             {
@@ -108,6 +106,16 @@ def list_models(tracking_uri: str, name: str | None = None) -> list[dict[str, An
     if name is not None and not models:
         raise UserError(f"model {name}: not registered in {tracking_uri}")
     return models
+
+
+def _registered(registry: Any, name: str | None) -> Iterator[Any]:
+    """MLflow's records of all registered models, or of the named one, page by page."""
+    wanted, page = None if name is None else f"name = '{name}'", None
+    while True:
+        found = registry.search_registered_models(filter_string=wanted, page_token=page)
+        yield from found
+        if not (page := found.token):
+            return
 
 
 def client(tracking_uri: str) -> Any:
