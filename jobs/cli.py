@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pipelines.errors import Refused, UserError
+from pipelines.errors import Failed, Refused, UserError
 
 app = typer.Typer(
     name="ddpm",
@@ -55,6 +55,8 @@ def main() -> None:
         _fail(str(error), 2)
     except Refused as error:
         _fail(f"refused: {error}", 3)
+    except Failed as error:
+        _fail(f"failed: {error}", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
@@ -273,7 +275,7 @@ def submit(
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    done = submit_job(load_spec(spec, overrides or ()), to, storage, tracking_uri, say)
+    done = submit_job(load_spec(spec, overrides or (), resolve=False), to, storage, tracking_uri, say)
     _print(as_json, asdict(done), lambda: print(f"{done.job}  {done.status}"))
     sys.exit(done.exit_code)
 

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -109,6 +110,10 @@ def _local() -> Iterator[None]:
     if ray.is_initialized():  # by whoever called us as a library: theirs to end
         yield
         return
+    # Ray's helpers look for their cluster by the host's processes, and give up where there are two of them (a trial's
+    # placement group then stays for ever): tell every worker which one it belongs to.
+    port = _free_port()
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     _remove_folders_of_the_dead()
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_short_temporary_root())
     try:
@@ -121,12 +126,19 @@ def _local() -> Iterator[None]:
             # Below ours, which is closed to other users: Ray opens its own to all.
             _temp_dir=f"{folder}/r",
             _node_ip_address="127.0.0.1",
+            runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
             **_QUIET,
         )
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _short_temporary_root() -> str:

@@ -40,13 +40,14 @@ def run(spec: Spec, session: Session) -> Result:
     steps = Steps(session.store / "steps", session.progress)
     ingested = steps.run(ingest_step(spec, session))
     dataset = Dataset.open(session.store / ingested.outputs["dataset"])
+    _check_evaluable(spec, dataset)
     trained = steps.run(train_step(spec, dataset, session))
     training = Run(session.store / "runs" / trained.outputs["run"])
     # The run's own record has the spec it was first trained by; sampling and gates are those of this one.
     model = replace(of_checkpoint(training, trained.outputs["step"]), spec=spec)
     evaluated = steps.run(evaluate_step(spec, dataset, model, session))
     sampled = steps.run(sample_step(spec, dataset, model, training, session))
-    registered = steps.run(register_step(spec, dataset, model, training, evaluated, sampled, session))
+    registered = steps.run(register_step(spec, dataset, model, training, evaluated, session))
     promoted = steps.run(promote_step(spec, registered.outputs, session))
     champion = session.tracker.champion(spec.name)
     if champion != registered.outputs["version"]:
@@ -75,6 +76,17 @@ def run(spec: Spec, session: Session) -> Result:
     )
 
 
+def _check_evaluable(spec: Spec, dataset: Dataset) -> None:
+    """UserError, before the training, where the evaluation after it could not be done."""
+    if len(dataset.classes) < 2 or any(split["unlabelled"] for split in dataset.card["splits"].values()):
+        raise UserError(
+            f"data.source: {spec.data.source} has no labels for every image, which scores need: "
+            "put each class in a folder of its own, or use `ddpm train`, which needs none"
+        )
+    if len(dataset.split("held-out")) < 4:
+        raise UserError("data.held_out: fewer than 4 images are held out, too few to score against; raise it")
+
+
 def run_training(spec: Spec, session: Session) -> dict[str, Any]:
     """Ingest and train, or find both done; where the trained checkpoint is and what is in it."""
     steps = Steps(session.store / "steps", session.progress)
@@ -100,8 +112,8 @@ def register_finished(training: Run, session: Session) -> dict[str, Any]:
         raise UserError(f"run {training.name}: its data source has changed since, so it cannot be evaluated as it was")
     model = of_checkpoint(training, training.last_step())
     evaluated = steps.run(evaluate_step(spec, dataset, model, session))
-    sampled = steps.run(sample_step(spec, dataset, model, training, session))
-    return steps.run(register_step(spec, dataset, model, training, evaluated, sampled, session)).outputs
+    steps.run(sample_step(spec, dataset, model, training, session))
+    return steps.run(register_step(spec, dataset, model, training, evaluated, session)).outputs
 
 
 def ingest_step(spec: Spec, session: Session) -> Step:
@@ -209,9 +221,7 @@ def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, sessi
     )
 
 
-def register_step(
-    spec: Spec, dataset: Dataset, model: Model, training: Run, evaluated: Done, sampled: Done, session: Session
-) -> Step:
+def register_step(spec: Spec, dataset: Dataset, model: Model, training: Run, evaluated: Done, session: Session) -> Step:
     """The model enters the registry, with its evidence."""
     scores, tracker = evaluated.outputs, session.tracker
 
@@ -227,9 +237,8 @@ def register_step(
         inputs={
             "model": model.digest,
             "name": spec.name,
-            "spec": spec.model_dump(mode="json", include={"sample", "evaluate", "promote"}),
+            "sampling": _sampling(spec),
             "scores": scores["scores"],
-            "samples": sampled.outputs["sha256"],
             "tracking": session.tracking_uri,
         },
         work=work,

@@ -15,7 +15,7 @@ import numpy as np
 from ddpm_core import GaussianDiffusion, UNet, noise
 from pipelines.cluster import Cluster
 from pipelines.data.shards import encode_png, pack, unpack
-from pipelines.errors import UserError
+from pipelines.errors import Failed, UserError
 from pipelines.models import Model
 from pipelines.progress import Progress
 from pipelines.session import Session
@@ -234,7 +234,7 @@ def _make(model: Model, job: Job, missing: list[tuple[int, int]], cluster: Clust
             try:
                 yield ray.get(finished[0])
             except ray.exceptions.RayActorError:
-                raise RuntimeError(
+                raise Failed(
                     f"chunk {chunk} ended its process {_CHUNK_RETRIES + 1} times; if memory ran out, "
                     "lower sample.chunk or sample.workers"
                 ) from None

@@ -1,12 +1,13 @@
 """The spec: everything a run is a function of, beside its data. YAML in, validated typed objects out.
 
 Each section is a frozen model with its defaults in sight; an unknown field is an error that suggests the nearest
-name. `Spec.identity_of_training` says which fields make a run a different run.
+name. `Spec.training_fields` says which fields make a run a different run.
 """
 
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Tracking(Section):
@@ -38,7 +39,7 @@ class RayCluster(Section):
 class Data(Section):
     source: str
     """`digits` (bundled), or the path of a folder of images (its class folders become labels)."""
-    image_size: PositiveInt
+    image_size: Annotated[int, Field(ge=8)]
     """Side of the square images, pixels."""
     channels: Literal[1, 3] = 1
     held_out: Fraction = 0.2
@@ -224,7 +225,18 @@ class Spec(Section):
     sweep: Sweep | None = None
 
     @model_validator(mode="after")
-    def _levels_fit(self) -> "Spec":
+    def _parts_fit(self) -> "Spec":
+        self._check_model()
+        timesteps, sample = self.diffusion.timesteps, self.sample
+        if sample.steps > timesteps:
+            raise ValueError(f"sample.steps: {sample.steps} is more than diffusion.timesteps = {timesteps}")
+        if sample.eta and sample.sampler != "ddim":
+            raise ValueError(f"sample.eta: belongs to the ddim sampler, {sample.sampler} has none; leave it out")
+        if (bits := self.evaluate.bits_timesteps) > timesteps:
+            raise ValueError(f"evaluate.bits_timesteps: {bits} is more than diffusion.timesteps = {timesteps}")
+        return self
+
+    def _check_model(self) -> None:
         step = 2 ** (len(self.model.channels) - 1)
         if self.data.image_size % step:
             raise ValueError(
@@ -235,7 +247,12 @@ class Spec(Section):
             raise ValueError(
                 f"model.attention: there is no level {bad[0]}, model.channels has {len(self.model.channels)}"
             )
-        return self
+        if uneven := [width for width in self.model.channels if width % self.model.groups]:
+            raise ValueError(f"model.groups: {self.model.groups} does not divide {uneven[0]} of model.channels")
+        heads = [self.model.channels[level] for level in self.model.attention]
+        heads += [self.model.channels[-1]] if self.model.mid_attention else []
+        if self.model.head_channels and (uneven := [width for width in heads if width % self.model.head_channels]):
+            raise ValueError(f"model.head_channels: {self.model.head_channels} does not divide {uneven[0]} channels")
 
     def training_fields(self) -> dict[str, Any]:
         """The fields that decide a run's weights, but for how long it trains: with the dataset, its identity.
@@ -265,8 +282,11 @@ class Spec(Section):
         }
 
 
-def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Spec:
-    """Read and validate a spec file; each override is `a.b=c` with c in YAML. UserError names field and fix."""
+def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = (), resolve: bool = True) -> Spec:
+    """Read and validate a spec file; each override is `a.b=c` with c in YAML. UserError names field and fix.
+
+    Relative paths are resolved here, once, against the working directory, unless `resolve` is off.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -279,7 +299,32 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Sp
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a spec is a mapping of fields, starting with `name: ...`")
-    return parse_spec(apply_overrides(fields, overrides), origin=str(path))
+    spec = parse_spec(apply_overrides(fields, overrides), origin=str(path))
+    return resolve_paths(spec) if resolve else spec
+
+
+def resolve_paths(spec: Spec) -> Spec:
+    """The spec with its paths absolute, so that it means the same from any working directory."""
+
+    def absolute(text: str) -> str:
+        return str(Path(text).expanduser().absolute())
+
+    changes: dict[str, Any] = {}
+    if spec.data.source != "digits":
+        changes["data"] = spec.data.model_copy(update={"source": absolute(spec.data.source)})
+    if spec.storage is not None and "://" not in spec.storage:
+        changes["storage"] = absolute(spec.storage)
+    if spec.tracking.uri is not None:
+        changes["tracking"] = spec.tracking.model_copy(update={"uri": absolute_uri(spec.tracking.uri)})
+    return spec.model_copy(update=changes)
+
+
+def absolute_uri(uri: str) -> str:
+    """A tracking URI whose sqlite file, if it is one, has an absolute path."""
+    scheme = "sqlite:///"
+    if not uri.startswith(scheme) or uri.startswith(scheme + "/"):
+        return uri
+    return scheme + str(Path(uri.removeprefix(scheme)).absolute())
 
 
 def apply_overrides(fields: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -292,14 +337,25 @@ def apply_overrides(fields: dict[str, Any], overrides: Sequence[str]) -> dict[st
             value = read_yaml(text)
         except yaml.YAMLError:
             raise UserError(f"--set {override}: the value is not valid YAML") from None
-        fields = set_field(fields, name, value)
+        before, fields = fields, set_field(fields, name, value)
+        _warn_of_dropped(before, fields, name)
     return fields
 
 
+def _warn_of_dropped(before: Any, after: Any, name: str) -> None:
+    for part in name.split(".")[:-1]:
+        before, after = (before or {}).get(part), after[part]
+    dropped = sorted(set(before or {}) - set(after)) if isinstance(before, dict) else []
+    if dropped:
+        warnings.warn(f"--set {name}: {', '.join(dropped)} belonged to the other kind and is dropped", stacklevel=3)
+
+
 def set_field(fields: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """A copy of nested fields with the dotted one set."""
+    """A copy of nested fields with the dotted one set; a new `kind` starts from that kind's own defaults."""
     head, _, rest = name.partition(".")
     if not rest:
+        if head == "kind" and fields.get("kind", value) != value:
+            return {"kind": value}
         return {**fields, head: value}
     below = fields.get(head)
     return {**fields, head: set_field(below if isinstance(below, dict) else {}, rest, value)}

@@ -134,14 +134,24 @@ class Place:
                 _write_durably(temporary / name, data)
             _write_durably(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
             _sync_folder(temporary)
-            if self.path.exists():
-                self.remove()
+            if self._holds(manifest):  # by a writer of the same bits
+                shutil.rmtree(temporary)
+                return manifest
+            self.remove()
             os.rename(temporary, self.path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync_folder(folder)
         return manifest
+
+    def _holds(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether this folder is whole and what the manifest says."""
+        try:
+            self.read_folder()
+            return (self / MANIFEST).read_json() == manifest
+        except (DamageError, UserError):
+            return False
 
     def read_folder(self, *names: str) -> dict[str, bytes]:
         """Read files of a committed folder (all of them if none is named), each checked against the manifest.

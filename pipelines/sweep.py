@@ -17,7 +17,7 @@ from typing import Any
 
 from ddpm_core import noise
 from pipelines.data.manifest import Dataset
-from pipelines.errors import UserError
+from pipelines.errors import Failed, UserError
 from pipelines.evaluate.job import feature_net, held_out_bits, sampled_frechet
 from pipelines.models import of_checkpoint
 from pipelines.session import Session
@@ -29,6 +29,10 @@ from pipelines.train.loop import LIVE, Trainer, train
 from pipelines.train.run import Run
 
 METRIC = "bits_per_dim"
+_OF_TRAINING = tuple(
+    f"train.{name}" for name in ("learning_rate", "warmup_images", "weight_decay", "grad_clip", "ema_half_life")
+)
+"""Fields of `train` that may be swept: not those that say how much is trained, or by whom."""
 CLOCK = "images"
 _WATCH_SECONDS = 0.5
 _TRIAL_CPU = 0.01
@@ -68,7 +72,8 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
     name = f"{spec.name}-{identity(inputs)[:12]}"
 
     def work() -> dict[str, Any]:
-        ranking = sweep(spec, dataset, session, name)
+        with (session.store / "sweeps" / name / "lock").lock(f"sweep {name}"):
+            ranking = sweep(spec, dataset, session, name)
         best = ranking[0]
         winner = session.store / "sweeps" / name / "winner.yaml"
         settings = next(trial for parameters, trial in trials if parameters == best.parameters)
@@ -98,15 +103,19 @@ def trial_specs(spec: Spec) -> list[tuple[dict[str, Any], Spec]]:
     for parameters in _grid(sweep) if sweep.search == "grid" else _draws(sweep, spec.seed):
         fields = spec.model_dump(mode="json", exclude={"sweep"})
         for name, value in parameters.items():
-            if name.split(".")[0] not in ("diffusion", "model", "train", "seed"):
-                raise UserError(f"sweep.parameters: {name} cannot be swept, only fields of diffusion, model and train")
+            if name.split(".")[0] not in ("diffusion", "model", "seed") and name not in _OF_TRAINING:
+                known = ", ".join(("diffusion.*", "model.*", "seed", *_OF_TRAINING))
+                raise UserError(f"sweep.parameters: {name} cannot be swept, only {known}")
             fields = set_field(fields, name, value)
         trials.append((parameters, parse_spec(fields, f"sweep trial {words(parameters)}")))
+    identities = [identity(trial.training_fields()) for _, trial in trials]
+    if len(set(identities)) < len(identities):
+        raise UserError("sweep.parameters: two trials have the same settings; leave one of them out")
     return trials
 
 
 def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Trial]:
-    """Train and score every trial; finished ones first, by bits/dim. RuntimeError where none finished."""
+    """Train and score every trial; finished ones first, by bits/dim. Failed where a trial failed, or none finished."""
     assert spec.sweep is not None
     session.cluster.connect()
     from ray import tune
@@ -116,7 +125,7 @@ def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Tri
     for run, (_, trial) in zip(runs, trials, strict=True):
         run.describe(trial, dataset.digest)
         (run.place / LIVE).path.unlink(missing_ok=True)
-    feature_net(dataset, spec.evaluate, spec.seed, session)
+    feature_net(dataset, spec.evaluate, session)
     folder = session.store / "sweeps" / name
     setting = {
         "dataset": str(dataset.place),
@@ -146,10 +155,13 @@ def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Tri
     total = sum(trial.train.total_steps * trial.train.global_batch for _, trial in trials)
     results = _fit_and_watch(tuner, runs, total, session)
     ranking = sorted((_outcome(result, trials) for result in results), key=_rank)
-    _track(spec, dataset, session, name, trials, ranking)
+    with session.tracker.tolerant("the sweep is not recorded there"):
+        _track(spec, dataset, session, name, trials, ranking)
     shutil.rmtree((folder / "ray").path, ignore_errors=True)
+    if failed := [trial for trial in ranking if trial.error]:
+        raise Failed(f"{len(failed)} of {len(ranking)} trials failed, {words(failed[0].parameters)}: {failed[0].error}")
     if not ranking[0].finished:
-        raise RuntimeError(f"no trial finished: {next((t.error for t in ranking if t.error), 'all were stopped')}")
+        raise Failed("no trial finished: all were stopped early; raise sweep.early_stop.grace_images")
     return ranking
 
 
@@ -222,7 +234,8 @@ def _tune_report(figures: Mapping[str, float]) -> None:
 
 
 def _resources(spec: Spec) -> dict[str, float]:
-    return {"CPU": spec.train.threads if spec.train.workers == 1 else _TRIAL_CPU}
+    alone = spec.train.workers == 1 and not spec.train.oversubscribe
+    return {"CPU": spec.train.threads if alone else _TRIAL_CPU}
 
 
 def _concurrent(spec: Spec, session: Session) -> int:
@@ -312,7 +325,7 @@ def _track(
     for place, trial in enumerate(ranking, start=1):
         run = Run(session.store / "runs" / trial.run)
         run_id = tracker.run_id(run, specs[trial.run], dataset, parent=parent)
-        tracker.ship(run, spec.train.log_every, final=True)
+        tracker.ship(run, specs[trial.run], dataset, final=True)
         figures = {METRIC: trial.bits_per_dim, "frechet": trial.frechet}
         step = trial.images // spec.train.global_batch
         tracker.scores(run_id, {k: v for k, v in figures.items() if v is not None and math.isfinite(v)}, step)

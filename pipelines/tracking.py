@@ -16,7 +16,7 @@ from typing import Any
 
 from pipelines.data.manifest import Dataset
 from pipelines.errors import UserError
-from pipelines.spec import Spec
+from pipelines.spec import Spec, absolute_uri
 from pipelines.store import Place
 from pipelines.train.journal import Row
 from pipelines.train.run import Run, environment
@@ -43,6 +43,7 @@ class Address:
     def of(uri: str | None, store: Place) -> "Address":
         """The tracker of a spec: by default a sqlite file in the store."""
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store / 'mlflow.db'}"
+        uri = absolute_uri(uri)
         local = not uri.startswith(("http://", "https://", "databricks"))
         return Address(uri, (store / "mlflow-artifacts").path.as_uri() if local else None)
 
@@ -79,7 +80,7 @@ class Tracker:
 
     def start(self, run: Run, spec: Spec, dataset: Dataset) -> None:
         """Create the run's MLflow run, or find it again; params and lineage are written once."""
-        with self._tolerant("run not created yet"):
+        with self.tolerant("run not created yet"):
             self.run_id(run, spec, dataset)
 
     def run_id(self, run: Run, spec: Spec, dataset: Dataset, parent: str | None = None) -> str:
@@ -87,18 +88,23 @@ class Tracker:
         client = self.client()
         records = _records(run)
         known = records.get(self.address.uri)
-        if known is not None and _exists(client, known["run_id"]):
-            return known["run_id"]
+        if known is None or not _exists(client, known["run_id"]):
+            known = self._create(client, run, dataset, parent)
+            _remember(run, {**records, self.address.uri: known})
+        run_id = known["run_id"]
+        if not known["described"]:
+            _log_params(client, run_id, spec)
+            _log_dataset(client, run_id, dataset)
+            _set_tags(client, run_id, {f"env.{k}": v for k, v in environment().items()})
+            _remember(run, {**records, self.address.uri: {**known, "described": True}})
+        return run_id
+
+    def _create(self, client: Any, run: Run, dataset: Dataset, parent: str | None) -> dict[str, Any]:
         tags = {"ddpm.run": run.name, "ddpm.place": str(run.place), "ddpm.dataset_digest": dataset.digest}
         if parent is not None:
             tags["mlflow.parentRunId"] = parent
         made = client.create_run(self._experiment_id(client), run_name=run.name, tags=tags)
-        run_id = made.info.run_id
-        _log_params(client, run_id, spec)
-        _log_dataset(client, run_id, dataset)
-        _set_tags(client, run_id, {f"env.{k}": v for k, v in environment().items()})
-        _remember(run, {**records, self.address.uri: {"run_id": run_id, "shipped_step": 0}})
-        return run_id
+        return {"run_id": made.info.run_id, "shipped_step": 0, "described": False}
 
     def parent_run(self, name: str, tags: Mapping[str, str]) -> str:
         """A new MLflow run that others are children of; its id."""
@@ -116,25 +122,30 @@ class Tracker:
                 experiment = client.get_experiment_by_name(self._experiment)
         return experiment.experiment_id
 
-    def ship(self, run: Run, every: int, final: bool = False) -> None:
+    def ship(self, run: Run, spec: Spec, dataset: Dataset, final: bool = False) -> None:
         """Send the journal's rows that lie at or before the last committed checkpoint and were not sent yet.
 
-        Rows are averaged over `every` steps; intervals are aligned to multiples of it, so that a restart changes
-        none. `final` sends the last one though it be shorter.
+        Rows are averaged over `train.log_every` steps, in intervals aligned to its multiples, so that a restart
+        changes none. `final` sends the last interval though it be shorter, and ends the MLflow run; a longer run
+        sends that interval again, whole.
         """
-        steps = run.checkpoints.steps()
-        records = _records(run)
-        known = records.get(self.address.uri)
-        if not steps or known is None or known["shipped_step"] >= steps[-1]:
+        steps, every = run.checkpoints.steps(), spec.train.log_every
+        known = _records(run).get(self.address.uri)
+        done = known["shipped_step"] if known else 0
+        if not steps or (steps[-1] <= done and not final):
             return
-        rows = list(run.journal.read(steps[-1], after=known["shipped_step"]))
-        intervals = list(_intervals(rows, every, final))
-        with self._tolerant("metrics kept back"):
+        with self.tolerant("metrics kept back"):
+            run_id = self.run_id(run, spec, dataset)
             client = self.client()
+            intervals = list(_intervals(run.journal.read(steps[-1], after=done), every, final))
             for batch in _batches(_metrics(intervals), _BATCH):
-                client.log_batch(known["run_id"], metrics=batch)
-            last = intervals[-1][-1].step if intervals else known["shipped_step"]
-            _remember(run, {**records, self.address.uri: {**known, "shipped_step": last}})
+                client.log_batch(run_id, metrics=batch)
+            whole = [interval[-1].step for interval in intervals if interval[-1].step % every == 0]
+            records = _records(run)
+            record = {**records[self.address.uri], "shipped_step": max([done, *whole])}
+            _remember(run, {**records, self.address.uri: record})
+            if final:
+                client.set_terminated(run_id)
 
     def pictures(self, run_id: str, pictures: Mapping[str, bytes]) -> None:
         """Attach PNG files."""
@@ -189,7 +200,8 @@ class Tracker:
         _set_tags(client, run_id, tags)
         client.set_terminated(run_id)
 
-    def _tolerant(self, consequence: str) -> "_Tolerant":
+    def tolerant(self, consequence: str) -> "_Tolerant":
+        """A block whose failure to reach MLflow is said once, with its consequence, and stops nothing."""
         return _Tolerant(self, consequence)
 
 

@@ -29,7 +29,12 @@ def test_presets_are_valid(path: Path) -> None:
         ("train.slots=3", "train.slots: 3 is not a power of two"),
         ("train.workers=3", "train.workers: 3 does not divide train.slots = 4"),
         ("train.global_batch=30", "train.global_batch: 30 is not a multiple of train.slots = 4"),
-        ("data.image_size=7", "data.image_size: 7 is not divisible by 2"),
+        ("data.image_size=9", "data.image_size: 9 is not divisible by 2"),
+        ("data.image_size=4", "data.image_size: "),
+        ("sample.steps=51", "sample.steps: 51 is more than diffusion.timesteps = 50"),
+        ("sample={sampler: ancestral, eta: 0.5}", "sample.eta: belongs to the ddim sampler"),
+        ("model.groups=5", "model.groups: 5 does not divide 16"),
+        ("train.grad_clip=.inf", "train.grad_clip: "),
         ("diffusion.schedule.kind=bent", "diffusion.schedule: "),
         ("data=3", "data: "),
         ("name=../up", "name: "),
@@ -65,6 +70,25 @@ def test_override_reaches_a_nested_field_and_reads_numbers_as_yaml_1_2(tmp_path:
     spec = load_spec(path, ["train.learning_rate=1e-4", "diffusion.schedule={kind: cosine, s: 0.01}"])
     assert spec.train.learning_rate == 1e-4
     assert spec.diffusion.schedule.model_dump() == {"kind": "cosine", "s": 0.01}
+
+
+def test_a_new_kind_drops_the_other_kind_s_fields_and_says_so(tmp_path: Path) -> None:
+    path = write_spec(tmp_path / "spec.yaml", diffusion__schedule={"kind": "linear", "beta_end": 0.01})
+    with pytest.warns(UserWarning, match="beta_end belonged to the other kind and is dropped"):
+        spec = load_spec(path, ["diffusion.schedule.kind=cosine"])
+    assert spec.diffusion.schedule.model_dump() == {"kind": "cosine", "s": 0.008}
+
+
+def test_relative_paths_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_spec(
+        tmp_path / "spec.yaml", data__source="pictures", storage="store", tracking={"uri": "sqlite:///t.db"}
+    )
+    monkeypatch.chdir(tmp_path)
+    spec = load_spec(path)
+    assert spec.data.source == str(tmp_path / "pictures")
+    assert spec.storage == str(tmp_path / "store")
+    assert spec.tracking.uri == f"sqlite:///{tmp_path / 't.db'}"
+    assert load_spec(path, resolve=False).storage == "store"
 
 
 def test_identity_of_training_leaves_out_where_and_how_long() -> None:

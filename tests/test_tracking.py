@@ -41,11 +41,11 @@ def test_what_was_sent_twice_is_there_once_and_the_last_interval_is_not_lost(
     mlflow = tracker(tmp_path)
     mlflow.start(run, SPEC, dataset)
     run_id = mlflow.run_id(run, SPEC, dataset)
-    mlflow.ship(run, every=3)
+    mlflow.ship(run, SPEC, dataset)
     before = (run.place / "tracking.json").read()
-    mlflow.ship(run, every=3, final=True)
+    mlflow.ship(run, SPEC, dataset, final=True)
     (run.place / "tracking.json").write(before)  # killed between sending and remembering
-    mlflow.ship(run, every=3, final=True)
+    mlflow.ship(run, SPEC, dataset, final=True)
     history = mlflow.client().get_metric_history(run_id, "loss")
     assert [m.step for m in history] == [3, 6, 9, 12, 15, 18, 20]
     rows = {row.step: row.exact["loss"] for row in run.journal.read(20)}
@@ -61,11 +61,11 @@ def test_a_tracker_that_is_down_is_said_once_and_gets_everything_later(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         down.start(run, SPEC, dataset)
-        down.ship(run, every=3)
+        down.ship(run, SPEC, dataset)
         down.start(run, SPEC, dataset)
     assert ["MLflow does not answer" in str(w.message) for w in said if w.category is UserWarning] == [True]
     up = tracker(tmp_path)
+    up.ship(run, SPEC, dataset, final=True)
     run_id = up.run_id(run, SPEC, dataset)
-    up.ship(run, every=3, final=True)
     assert len(up.client().get_metric_history(run_id, "gradient_norm")) == 7
     assert up.run_id(run, SPEC, dataset) == run_id

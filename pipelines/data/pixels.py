@@ -8,6 +8,8 @@ from torch import Tensor
 
 def to_model(images: NDArray[np.uint8]) -> Tensor:
     """uint8 [N, H, W, C] -> float32 [N, C, H, W], x / 127.5 - 1, contiguous."""
+    if not images.flags.writeable or not images.flags.c_contiguous:  # torch takes neither
+        images = images.copy()
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 

@@ -5,7 +5,7 @@ a covariance is well estimated from a few hundred images. What makes its feature
 
 - They are the average over the picture of the last convolution's output, as in Inception's last pooling layer
   (Heusel et al. 2017), and that comes early: they hold texture as well as class. Behind one more convolution or a
-  linear layer there is little but the class, and noise is 30 to 60 floors from the data instead of 70 to 85.
+  linear layer there is little but the class, and noise is 30 to 60 floors from the digits instead of 65 to 85.
 - It is trained on shifted and slightly noised images, so that it does not hang on the last grey level of a pixel.
 - Layer normalisation: with batch normalisation it is contrast that moves a model away from the data.
 
@@ -34,7 +34,7 @@ from pipelines.data.pixels import to_model
 from pipelines.errors import UserError
 from pipelines.store import DamageError, canonical_json, sha256
 
-FORMAT = 1
+FORMAT = 2
 MAX_WIDTH = 64
 MIN_SIDE = 8
 PREPROCESSING = "uint8 / 127.5 - 1, at the data's own size"

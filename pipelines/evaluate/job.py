@@ -22,6 +22,8 @@ from pipelines.spec import Evaluate, Spec
 from pipelines.store import Place, identity
 
 _BITS_BATCH = 64
+_FEATURE_SEED = 0
+"""Not the run's: scores of runs that differ in their seed are to be compared, so in the same features."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
     n = len(held_out) // 2
     if n < 2:
         raise UserError(f"data.held_out: {len(held_out)} images held out are too few to score against, raise it")
-    net = feature_net(dataset, spec.evaluate, spec.seed, session)
+    net = feature_net(dataset, spec.evaluate, session)
 
     # The bound's tasks run beside the sampling; each takes a fixed part of the images, whoever computes it.
     images = _some(held_out, spec.evaluate.bits_images, spec.seed)
@@ -84,13 +86,13 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
     return Evaluation([frechet, bound], _evidence(net, dataset, frechet, bound))
 
 
-def feature_net(dataset: Dataset, evaluate: Evaluate, seed: int, session: Session) -> FeatureNet:
+def feature_net(dataset: Dataset, evaluate: Evaluate, session: Session) -> FeatureNet:
     """The feature network of a dataset, trained once by a task and kept in the store."""
-    place = _feature_place(dataset, evaluate, seed, session.store)
+    place = _feature_place(dataset, evaluate, session.store)
     if not place.exists():
         ray = session.cluster.connect()
         task = ray.remote(num_cpus=1)(_train_feature_net)
-        place.write(ray.get(task.remote(str(dataset.place), evaluate, seed)))
+        place.write(ray.get(task.remote(str(dataset.place), evaluate)))
     return FeatureNet.load(place.read())
 
 
@@ -105,7 +107,7 @@ def held_out_bits(model: Model, dataset: Dataset, spec: Spec) -> float:
 
 def sampled_frechet(model: Model, dataset: Dataset, spec: Spec, store: Place, n: int) -> float:
     """Frechet distance of n images drawn in this process; the feature network must be in the store."""
-    net = FeatureNet.load(_feature_place(dataset, spec.evaluate, spec.seed, store).read())
+    net = FeatureNet.load(_feature_place(dataset, spec.evaluate, store).read())
     held_out, _ = Reader(dataset.split("held-out")).read_all()
     n = min(n, len(held_out) // 2)
     process, unet = model.build()
@@ -136,20 +138,19 @@ def _check_fits(model: Model, dataset: Dataset) -> None:
         )
 
 
-def _feature_place(dataset: Dataset, evaluate: Evaluate, seed: int, store: Place) -> Place:
+def _feature_place(dataset: Dataset, evaluate: Evaluate, store: Place) -> Place:
     fields = {
         "width": evaluate.feature_width,
         "epochs": evaluate.feature_epochs,
-        "seed": seed,
         "format": FEATURES_FORMAT,
     }
     return store / "features" / f"{identity({'dataset': dataset.digest, **fields})[:16]}.safetensors"
 
 
-def _train_feature_net(dataset: str, evaluate: Evaluate, seed: int) -> bytes:
+def _train_feature_net(dataset: str, evaluate: Evaluate) -> bytes:
     images, labels = Reader(Dataset.open(Place.of(dataset)).split("train")).read_all()
     width, epochs = evaluate.feature_width, evaluate.feature_epochs
-    return train_feature_net(images, labels, width=width, epochs=epochs, seed=seed, threads=1).save()
+    return train_feature_net(images, labels, width=width, epochs=epochs, seed=_FEATURE_SEED, threads=1).save()
 
 
 def _bits_of(model: Model, images: np.ndarray, seed: int, timesteps: int, threads: int) -> np.ndarray:

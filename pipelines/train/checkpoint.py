@@ -18,6 +18,7 @@ from pipelines.errors import UserError
 from pipelines.store import MANIFEST, DamageError, Place
 
 FORMAT = 1
+_PINS = "pins"
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -64,8 +65,14 @@ class Checkpoints:
         }
         self.at(checkpoint.step).commit_folder(files)
         # Only what this one supersedes: a later one that was passed over as damaged is not a reason to lose it.
+        pinned = set((self.place / _PINS).list())
         for step in [step for step in self.steps() if step <= checkpoint.step][:-keep]:
-            self.at(step).remove()
+            if str(step) not in pinned:
+                self.at(step).remove()
+
+    def pin(self, step: int) -> None:
+        """Keep a step's checkpoint for good: some run's end, which a longer run must not thin out."""
+        (self.place / _PINS / str(step)).claim(b"")
 
     def load(self, step: int) -> Checkpoint:
         """The checkpoint of a step, every file verified. DamageError names what is wrong."""
@@ -84,9 +91,15 @@ class Checkpoints:
 
     def latest(self) -> Checkpoint | None:
         """The last checkpoint that verifies; a warning names each damaged one passed over."""
+        step = self.latest_step()
+        return None if step is None else self.load(step)
+
+    def latest_step(self) -> int | None:
+        """Step of the last checkpoint that verifies; a warning names each damaged one passed over."""
         for step in reversed(self.steps()):
             try:
-                return self.load(step)
+                self.at(step).read_folder()
+                return step
             except DamageError as error:
                 warnings.warn(f"checkpoint {step} is damaged and passed over: {error}", stacklevel=2)
         return None

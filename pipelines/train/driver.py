@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.cluster import Cluster
 from pipelines.data.manifest import Dataset
-from pipelines.errors import UserError
+from pipelines.errors import Failed, UserError
 from pipelines.progress import Progress
 from pipelines.spec import Spec
 from pipelines.store import Place
@@ -50,6 +50,7 @@ def train(
         raise UserError("data.held_out: no image is left for training, lower it or add images")
     run = Run.of(spec, dataset.digest, store)
     if (done := trained(run, spec)) is not None:
+        run.checkpoints.pin(done.step)
         return done
     further = [step for step in run.checkpoints.steps() if step > spec.train.total_steps]
     if further:
@@ -59,15 +60,15 @@ def train(
         )
     with run.driving():
         run.describe(spec, dataset.digest)
-        # Workers verify again; here, a damaged one is named where the user reads it.
-        run.checkpoints.latest()
+        run.checkpoints.latest_step()  # workers look again; here, a damaged one is named where the user reads it
         _check_resources(spec, cluster)
         tracker.start(run, spec, dataset)
         _fit_and_watch(spec, dataset, run, tracker, progress)
-        tracker.ship(run, spec.train.log_every, final=True)
+        tracker.ship(run, spec, dataset, final=True)
     done = trained(run, spec)
     if done is None:
         raise RuntimeError(f"run {run.name} ended without its last checkpoint, see {run.place}")
+    run.checkpoints.pin(done.step)
     return done
 
 
@@ -81,7 +82,7 @@ def trained(run: Run, spec: Spec) -> Trained | None:
         run=run.name,
         checkpoint=str(run.checkpoints.at(step)),
         step=step,
-        attempts=run.attempts(),
+        attempts=run.newest_attempt(),
         model_sha256=digests[MODEL],
         ema_sha256=digests[EMA],
     )
@@ -114,7 +115,7 @@ def _fit_and_watch(spec: Spec, dataset: Dataset, run: Run, tracker: Tracker, pro
         thread.join(_WATCH_SECONDS)
         _show(run, spec, progress)
         if time.monotonic() - shipped > _SHIP_SECONDS:
-            tracker.ship(run, spec.train.log_every)
+            tracker.ship(run, spec, dataset)
             shipped = time.monotonic()
     if ended[0] is not None:
         raise _explained(ended[0])
@@ -151,7 +152,7 @@ def fit(
         ),
         run_config=RunConfig(
             # Ray is given no checkpoints; what it notes about an attempt is of no use to the next one.
-            name=f"attempt-{run.attempts() + 1:04d}",
+            name=f"attempt-{run.newest_attempt() + 1:04d}",
             storage_path=str(notes),
             failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=_STARTUP_FAILURES),
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -160,9 +161,11 @@ def fit(
         ),
     )
     try:
-        trainer.fit()
+        diverged = trainer.fit().return_value
     finally:
         notes.remove()
+    if diverged:
+        raise Failed(diverged)
 
 
 def worker_environment(threads: int) -> dict[str, str]:
@@ -174,11 +177,17 @@ def worker_environment(threads: int) -> dict[str, str]:
     }
 
 
-def _worker(config: dict[str, Any], at_checkpoint: Hook | None) -> None:
+def _worker(config: dict[str, Any], at_checkpoint: Hook | None) -> str | None:
     import ray.train
 
     context = ray.train.get_context()
-    train_from_config(config, World(context.get_world_rank(), context.get_world_size()), at_checkpoint)
+    world = World(context.get_world_rank(), context.get_world_size())
+    try:
+        train_from_config(config, world, at_checkpoint)
+    except Failed as error:
+        # Not raised: Ray would start the group again, which would meet the same bits again.
+        return str(error)
+    return None
 
 
 def _explained(error: BaseException) -> BaseException:
@@ -187,5 +196,5 @@ def _explained(error: BaseException) -> BaseException:
     if failures:
         rank, first = min(failures.items())
         cause = getattr(first, "cause", None) or first
-        return RuntimeError(f"training worker {rank} failed: {type(cause).__name__}: {cause}")
+        return Failed(f"training worker {rank} failed: {type(cause).__name__}: {cause}")
     return error

@@ -4,6 +4,7 @@ Everything that decides a bit is keyed by (seed, step, slot): which images, whic
 Ranks only share the slots out. The one clock is images seen.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pipelines.data.manifest import Dataset
 from pipelines.data.order import owned_slots
 from pipelines.data.pixels import to_model
 from pipelines.data.reader import Reader, SlotStream
+from pipelines.errors import Failed
 from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.train.checkpoint import Checkpoint
@@ -57,7 +59,8 @@ def train(
 ) -> Outcome:
     """Train from the last checkpoint that verifies (or the start) to `spec.train.images`.
 
-    `at_checkpoint` is called on every rank after each checkpoint. Raises DamageError where data is damaged.
+    `at_checkpoint` is called on every rank after each checkpoint. Raises DamageError where data is damaged, Failed
+    where the training diverged.
     """
     torch.set_num_threads(spec.train.threads)
     trainer = Trainer(spec, dataset, run, world or World())
@@ -124,6 +127,11 @@ class Trainer:
             stats.append(self._slot(slot, images))
         gradient = self._gradients.total.div_(self.spec.train.slots)
         norm = float(torch.linalg.vector_norm(gradient))
+        if not math.isfinite(norm):  # the same bits on all ranks, so all stop here
+            raise Failed(
+                f"run {self.run.name} diverged: the gradient of step {self.step + 1} is not finite; "
+                "lower train.learning_rate or add train.warmup_images"
+            )
         if self.spec.train.grad_clip is not None and norm > self.spec.train.grad_clip:
             gradient.mul_(self.spec.train.grad_clip / norm)
         rate = self._learning_rate()
@@ -227,6 +235,8 @@ class Trainer:
         """Commit the journal's segment, then the checkpoint (rank 0 writes, nobody waits)."""
         self._log()
         if self.world.rank == 0:
+            if self.run.newest_attempt() > self.attempt:
+                raise RuntimeError(f"attempt {self.attempt} of run {self.run.name} was superseded: it writes no more")
             self.run.journal.commit(self.attempt, self._rows)
             state = self.optimizer.state[self.weights]
             checkpoint = Checkpoint(

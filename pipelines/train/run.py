@@ -69,7 +69,7 @@ class Run:
     def claim_attempt(self) -> int:
         """A number higher than every earlier attempt's."""
         place = self.place / "attempts"
-        number = 1 + max((int(n) for n in place.list()), default=0)
+        number = 1 + self.newest_attempt()
         while not (place / f"{number:04d}").claim(b""):
             number += 1
         return number
@@ -81,8 +81,9 @@ class Run:
             raise UserError(f"run {self.name}: it has no checkpoint yet")
         return steps[-1]
 
-    def attempts(self) -> int:
-        return len((self.place / "attempts").list())
+    def newest_attempt(self) -> int:
+        """The highest number claimed; 0 before the first."""
+        return max((int(n) for n in (self.place / "attempts").list()), default=0)
 
 
 def find_run(name: str, store: Place) -> Run:
