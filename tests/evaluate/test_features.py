@@ -85,4 +85,4 @@ def test_damaged_and_foreign_files_are_refused(net: FeatureNet) -> None:
         with pytest.raises(DamageError):
             FeatureNet.load(damaged)
     with pytest.raises(DamageError, match="format 7"):
-        FeatureNet.load(data.replace(rb"\"format\":1", rb"\"format\":7"))
+        FeatureNet.load(data.replace(rb"\"format\":2", rb"\"format\":7"))
