@@ -4,12 +4,15 @@ Every verb takes `--json`: one JSON object as the last line of stdout. Progress,
 to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted.
 """
 
+import atexit
 import contextlib
 import json
 import os
 import shlex
 import signal
+import socket
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -46,14 +49,34 @@ TrackingUri = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point: runs a verb and turns its end into an exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    code = 1
+    try:
+        code = _run_verb()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    # Libraries' threads, still alive in a dying interpreter, now and then abort it after all is done: leave by
+    # ourselves, our things and theirs put away.
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run_verb() -> int:
     try:
         code = app(standalone_mode=False)
     except UserError as error:
-        _fail(str(error), 2)
+        # One that comes out of a Ray task is wrapped in the task's traceback.
+        _fail(str(getattr(error, "cause", None) or error), 2)
     except Refused as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"refused": str(error), "decision": error.decision}), flush=True)
         _fail(f"refused: {error}", 3)
     except Failed as error:
         _fail(f"failed: {error}", 1)
@@ -69,7 +92,7 @@ def main() -> None:
         _fail(error.format_message(), 2)
     if code == 130:  # typer's way to pass Ctrl-C on
         _fail("interrupted", 130)
-    sys.exit(code or 0)
+    return int(code or 0)
 
 
 @app.command()
@@ -295,6 +318,10 @@ def ui(
         return
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address.uri]
     command += ["--default-artifact-root", address.artifacts, "--host", "127.0.0.1", "--port", str(port)]
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(f"--port {port}: something listens there already, name another port")
     print(f"http://127.0.0.1:{port}", file=sys.stderr)
     os.execve(command[0], command, {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 

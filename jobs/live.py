@@ -60,8 +60,8 @@ class LiveView(_View):
             BarColumn(bar_width=28),
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
-            TextColumn("[dim]left[/dim]"),
             TimeRemainingColumn(compact=True),
+            TextColumn("[dim]left[/dim]"),
             console=self._console,
             transient=True,
         )

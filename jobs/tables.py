@@ -80,8 +80,9 @@ def show_models(models: Sequence[Mapping[str, Any]]) -> None:
 
 def _table(*columns: tuple[str, Literal["left", "right"]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap=True)
+    for position, (name, justify) in enumerate(columns, start=1):
+        # In a narrow window the last column, prose, folds; a number is never cut.
+        table.add_column(name, justify=justify, no_wrap=position < len(columns), overflow="fold")
     return table
 
 

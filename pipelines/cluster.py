@@ -11,6 +11,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -110,6 +111,8 @@ def _local() -> Iterator[None]:
     if ray.is_initialized():  # by whoever called us as a library: theirs to end
         yield
         return
+    if " " in sys.executable:
+        raise UserError(f"Ray cannot start workers by {sys.executable}: move the environment to a path without spaces")
     # Ray's helpers look for their cluster by the host's processes, and give up where there are two of them (a trial's
     # placement group then stays for ever): tell every worker which one it belongs to.
     port = _free_port()
@@ -126,7 +129,7 @@ def _local() -> Iterator[None]:
             # Below ours, which is closed to other users: Ray opens its own to all.
             _temp_dir=f"{folder}/r",
             _node_ip_address="127.0.0.1",
-            runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
+            runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}", "TMPDIR": folder}},
             **_QUIET,
         )
         yield

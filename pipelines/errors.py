@@ -1,5 +1,8 @@
 """The ways in which a verb ends other than well, told apart by the command line's exit code."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class UserError(ValueError):
     """Bad input: one line that names the field or file and the fix (exit code 2)."""
@@ -11,3 +14,7 @@ class Failed(RuntimeError):
 
 class Refused(RuntimeError):
     """A gate said no (exit code 3)."""
+
+    def __init__(self, message: str, decision: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.decision = decision

@@ -90,7 +90,8 @@ def find_model(text: str, store: Place, tracker: Tracker) -> Model:
         if not folder.name.isdigit() or not (folder.path.parent.parent / "run.json").exists():
             raise UserError(f"MODEL {text}: this checkpoint is not in its run's folder, whose run.json says what it is")
         return of_checkpoint(Run(Place(folder.path.parent.parent)), int(folder.name))
-    run = find_run(text, store)
+    given = Path(text)
+    run = Run(Place.of(given)) if (given / "run.json").exists() else find_run(text, store)
     return of_checkpoint(run, run.last_step())
 
 

@@ -255,7 +255,7 @@ def promote_step(spec: Spec, registered: Mapping[str, Any], session: Session) ->
         from pipelines.registry.promote import promote
 
         decision = promote(spec.name, str(version), spec.promote, session.tracking_uri, session.store)
-        return {"decision": decision, "summary": f"{spec.name} version {version} is champion"}
+        return {"decision": decision, "summary": f"{spec.name} version {version} passed every gate"}
 
     return Step(
         name="promote",

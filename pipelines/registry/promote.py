@@ -76,7 +76,7 @@ def promote(name: str, version: str, gates: Gates, tracking_uri: str, store: Pla
     registry.set_model_version_tag(name, found.version, "decision", json.dumps(decision))
     if not promoted:
         failed = "; ".join(str(v) for v in verdicts if not v.passed)
-        raise Refused(f"{name} version {found.version} is not promoted: {failed}")
+        raise Refused(f"{name} version {found.version} is not promoted: {failed}", decision)
     return decision
 
 

@@ -60,7 +60,9 @@ def train(
         )
     with run.driving():
         run.describe(spec, dataset.digest)
-        run.checkpoints.latest_step()  # workers look again; here, a damaged one is named where the user reads it
+        # Workers look again; here, a damaged one is named where the user reads it.
+        if (step := run.checkpoints.latest_step()) is not None:
+            progress.say(f"run {run.name} goes on from step {step:,}")
         _check_resources(spec, cluster)
         tracker.start(run, spec, dataset)
         _fit_and_watch(spec, dataset, run, tracker, progress)
