@@ -51,7 +51,7 @@ def result(shared: Session) -> Result:
 def test_every_step_was_done_and_the_champion_is_registered(result: Result, shared: Session) -> None:
     assert result.steps_done == ["ingest", "train", "evaluate", "sample", "register", "promote"]
     (model,) = list_models(shared.tracking_uri, "tiny")
-    assert model["aliases"] == {"champion": result.version}
+    assert model["aliases"] == {"champion": result.version} == {"champion": result.champion}
     decision = json.loads(model["versions"][-1]["tags"]["decision"])
     assert decision["promoted"]
     assert {v["gate"] for v in decision["verdicts"]} == {"frechet_over_floor", "feature_accuracy"}
@@ -75,6 +75,26 @@ def test_a_changed_field_runs_only_what_depends_on_it(result: Result, shared: Se
         run(stricter, shared)
     with pytest.raises(Refused):  # a refusal is not a done step
         run(stricter, shared)
+
+
+def test_a_version_carries_the_spec_that_it_was_evaluated_with(result: Result, shared: Session) -> None:
+    """The run's own record keeps the sampling of its first day; the registered model has that of its scores."""
+    other = run(tiny_spec(train__workers=2, sample__steps=4), shared)
+    assert other.run == result.run
+    assert other.version > result.version
+    assert find_model(f"tiny@{other.version}", shared.store, shared.tracker).spec.sample.steps == 4
+    assert next(s for s in other.scores if s["name"] == "frechet")["provenance"]["steps"] == 4
+    again = run(SPEC, shared)
+    assert again.steps_done in ([], ["sample"])  # the pictures were drawn over
+    assert (again.version, again.champion) == (result.version, other.version)
+
+
+def test_a_version_deleted_from_the_registry_is_made_and_judged_anew(result: Result, shared: Session) -> None:
+    champion = run(tiny_spec(train__workers=2, sample__steps=4), shared)
+    shared.tracker.client().delete_model_version("tiny", str(champion.version))
+    again = run(tiny_spec(train__workers=2, sample__steps=4), shared)
+    assert {"register", "promote"} <= set(again.steps_done)
+    assert again.champion == again.version > champion.version
 
 
 def test_pictures_and_samples_are_there(result: Result) -> None:
@@ -101,10 +121,11 @@ def test_mlflow_has_every_step_once_with_lineage_and_pictures(result: Result, sh
 
 
 def test_the_registered_model_is_the_checkpoint(result: Result, shared: Session) -> None:
-    champion = find_model("tiny@champion", shared.store, shared.tracker)
+    registered = find_model(f"tiny@{result.version}", shared.store, shared.tracker)
     training = Run(shared.store / "runs" / result.run)
-    assert champion.digest == of_checkpoint(training, training.last_step()).digest
-    assert champion.spec == SPEC
+    assert registered.digest == of_checkpoint(training, training.last_step()).digest
+    assert registered.spec == SPEC
+    assert find_model("tiny@champion", shared.store, shared.tracker).digest == registered.digest
 
 
 def test_the_artifact_is_safetensors_and_json_and_a_pickle_in_its_place_is_not_opened(

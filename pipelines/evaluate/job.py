@@ -55,7 +55,7 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
     net = feature_net(dataset, spec.evaluate, session)
 
     # The bound's tasks run beside the sampling; each takes a fixed part of the images, whoever computes it.
-    images = _some(held_out, spec.evaluate.bits_images, spec.seed)
+    images = draw_images(held_out, spec.evaluate.bits_images, spec.seed)
     parts = [images[i : i + _BITS_BATCH] for i in range(0, len(images), _BITS_BATCH)]
     session.cluster.check_cpus("sample.threads", spec.sample.threads)
     task = ray.remote(num_cpus=spec.sample.threads)(_bits_of)
@@ -98,7 +98,7 @@ def feature_net(dataset: Dataset, evaluate: Evaluate, session: Session) -> Featu
 
 def held_out_bits(model: Model, dataset: Dataset, spec: Spec) -> float:
     """Bits/dim of a model on the held-out images, estimated in this process."""
-    images = _some(Reader(dataset.split("held-out")).read_all()[0], spec.evaluate.bits_images, spec.seed)
+    images = draw_images(Reader(dataset.split("held-out")).read_all()[0], spec.evaluate.bits_images, spec.seed)
     parts = [images[i : i + _BITS_BATCH] for i in range(0, len(images), _BITS_BATCH)]
     threads, timesteps = spec.train.threads, spec.evaluate.bits_timesteps
     estimates = [_bits_of(model, part, spec.seed, timesteps, threads) for part in parts]
@@ -123,7 +123,7 @@ def sampled_frechet(model: Model, dataset: Dataset, spec: Spec, store: Place, n:
     return score.value
 
 
-def _some(images: np.ndarray, n: int, seed: int) -> np.ndarray:
+def draw_images(images: np.ndarray, n: int, seed: int) -> np.ndarray:
     """n of the images, drawn by the seed: a dataset may hold them class by class."""
     chosen = generator(seed, "bits-images").permutation(len(images))[:n]
     return images[np.sort(chosen)]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.errors import UserError
 from pipelines.store import Place
 from pipelines.train.checkpoint import Checkpoint, Checkpoints
 from pipelines.train.journal import Journal, Row
@@ -43,6 +44,36 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: s
         found = checkpoints.latest()
     assert found is not None
     assert found.step == 5
+
+
+def test_a_damaged_later_checkpoint_does_not_cost_the_fresh_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Place.of(tmp_path))
+    for step in (20, 30):
+        checkpoints.save(checkpoint(step), keep=2)
+        (tmp_path / f"{step:09d}" / "ema.safetensors").write_bytes(b"torn")
+    checkpoints.save(checkpoint(5), keep=2)
+    with pytest.warns(UserWarning, match="passed over"):
+        assert checkpoints.latest_step() == 5
+    assert not checkpoints.verifies(20)
+    assert checkpoints.verifies(5)
+
+
+def test_a_pinned_checkpoint_outlives_thinning(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Place.of(tmp_path))
+    checkpoints.save(checkpoint(5), keep=1)
+    checkpoints.pin(5)
+    for step in (10, 15):
+        checkpoints.save(checkpoint(step), keep=1)
+    assert checkpoints.steps() == [5, 15]
+
+
+def test_an_unknown_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Place.of(tmp_path))
+    checkpoints.save(checkpoint(5), keep=1)
+    manifest = tmp_path / "000000005" / "MANIFEST.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="format 2"):
+        checkpoints.latest()
 
 
 def test_weights_bytes_hold_no_time(tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""The local cluster: on loopback only, closed to other users, and honest about what fits."""
+
+import os
+import stat
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines.cluster import Cluster
+from pipelines.errors import UserError
+
+
+def test_nothing_listens_beyond_loopback(cluster: Cluster) -> None:
+    ray = cluster.connect()
+    ray.get(ray.remote(os.getpid).remote())
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    ours = [p for p in family if any("ray" in word for word in p.cmdline())] + [psutil.Process()]
+    listening = {
+        c.laddr.ip.removeprefix("::ffff:")
+        for process in ours
+        for c in process.net_connections(kind="tcp")
+        if c.status == psutil.CONN_LISTEN
+    }
+    assert listening
+    assert listening <= {"127.0.0.1", "::1"}
+
+
+def test_its_folder_is_closed_to_others_and_no_token_file_is_written(cluster: Cluster) -> None:
+    cluster.connect()
+    (folder,) = Path("/tmp").glob(f"ddpm-{os.getpid()}-*")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    token = Path.home() / ".ray" / "auth_token"
+    assert not token.exists() or stat.S_IMODE(token.stat().st_mode) == 0o600
+
+
+def test_what_can_never_run_is_refused_by_its_field(cluster: Cluster) -> None:
+    with pytest.raises(UserError, match=r"^sample\.threads: .* the cluster has"):
+        cluster.check_cpus("sample.threads", cluster.cpus() + 1)
