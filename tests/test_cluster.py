@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 
 def test_nothing_listens_beyond_loopback(cluster: Cluster) -> None:
     ray = cluster.connect()
-    ray.get(ray.remote(os.getpid).remote())
+    ray.get(ray.remote(lambda: os.getpid()).remote())
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
     ours = [p for p in family if any("ray" in word for word in p.cmdline())] + [psutil.Process()]
     listening = {
