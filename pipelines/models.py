@@ -16,7 +16,8 @@ import torch
 from ddpm_core import GaussianDiffusion, UNet
 from pipelines.build import build_model, build_process
 from pipelines.errors import UserError
-from pipelines.spec import Spec, apply_overrides, parse_spec
+from pipelines.fields import apply_overrides
+from pipelines.spec import Spec, parse_spec
 from pipelines.store import DamageError, Place, sha256
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA

@@ -6,8 +6,6 @@ name. `Spec.training_fields` says which fields make a run a different run.
 
 import difflib
 import os
-import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +15,7 @@ import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.errors import UserError
+from pipelines.fields import absolute_uri, apply_overrides, read_yaml
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -319,69 +318,12 @@ def resolve_paths(spec: Spec) -> Spec:
     return spec.model_copy(update=changes)
 
 
-def absolute_uri(uri: str) -> str:
-    """A tracking URI whose sqlite file, if it is one, has an absolute path."""
-    scheme = "sqlite:///"
-    if not uri.startswith(scheme) or uri.startswith(scheme + "/"):
-        return uri
-    return scheme + str(Path(uri.removeprefix(scheme)).absolute())
-
-
-def apply_overrides(fields: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Fields with each `a.b=c` set."""
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not name:
-            raise UserError(f"--set {override}: write it as field.name=value")
-        try:
-            value = read_yaml(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {override}: the value is not valid YAML") from None
-        before, fields = fields, set_field(fields, name, value)
-        _warn_of_dropped(before, fields, name)
-    return fields
-
-
-def _warn_of_dropped(before: Any, after: Any, name: str) -> None:
-    for part in name.split(".")[:-1]:
-        before, after = (before or {}).get(part), after[part]
-    dropped = sorted(set(before or {}) - set(after)) if isinstance(before, dict) else []
-    if dropped:
-        warnings.warn(f"--set {name}: {', '.join(dropped)} belonged to the other kind and is dropped", stacklevel=3)
-
-
-def set_field(fields: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """A copy of nested fields with the dotted one set; a new `kind` starts from that kind's own defaults."""
-    head, _, rest = name.partition(".")
-    if not rest:
-        if head == "kind" and fields.get("kind", value) != value:
-            return {"kind": value}
-        return {**fields, head: value}
-    below = fields.get(head)
-    return {**fields, head: set_field(below if isinstance(below, dict) else {}, rest, value)}
-
-
 def parse_spec(fields: dict[str, Any], origin: str = "spec") -> Spec:
     """Validated spec of plain fields. UserError, in one line, names the first wrong field and the fix."""
     try:
         return Spec.model_validate(fields)
     except pydantic.ValidationError as error:
         raise UserError(f"{origin}: {_explain(error)}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number, as YAML 1.2 does."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """Plain values of a YAML text."""
-    return yaml.load(text, Loader=_Loader)
 
 
 def dump_spec(spec: Spec) -> str:

@@ -19,9 +19,10 @@ from ddpm_core import noise
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed, UserError
 from pipelines.evaluate.job import feature_net, held_out_bits, sampled_frechet
+from pipelines.fields import set_field
 from pipelines.models import of_checkpoint
 from pipelines.session import Session
-from pipelines.spec import Spec, Sweep, dump_spec, parse_spec, set_field
+from pipelines.spec import Spec, Sweep, dump_spec, parse_spec
 from pipelines.steps import Step
 from pipelines.store import Place, identity
 from pipelines.train.driver import fit

@@ -16,7 +16,8 @@ from typing import Any
 
 from pipelines.data.manifest import Dataset
 from pipelines.errors import UserError
-from pipelines.spec import Spec, absolute_uri
+from pipelines.fields import absolute_uri
+from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.train.journal import Row
 from pipelines.train.run import Run, environment

@@ -1,0 +1,68 @@
+"""Plain fields of a spec, before they are validated: YAML text, dotted overrides, paths."""
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number, as YAML 1.2 does."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values of a YAML text."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def apply_overrides(fields: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Fields with each `a.b=c` set."""
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {override}: write it as field.name=value")
+        try:
+            value = read_yaml(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {override}: the value is not valid YAML") from None
+        before, fields = fields, set_field(fields, name, value)
+        _warn_of_dropped(before, fields, name)
+    return fields
+
+
+def _warn_of_dropped(before: Any, after: Any, name: str) -> None:
+    for part in name.split(".")[:-1]:
+        before, after = (before or {}).get(part), after[part]
+    dropped = sorted(set(before or {}) - set(after)) if isinstance(before, dict) else []
+    if dropped:
+        warnings.warn(f"--set {name}: {', '.join(dropped)} belonged to the other kind and is dropped", stacklevel=3)
+
+
+def set_field(fields: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """A copy of nested fields with the dotted one set; a new `kind` starts from that kind's own defaults."""
+    head, _, rest = name.partition(".")
+    if not rest:
+        if head == "kind" and fields.get("kind", value) != value:
+            return {"kind": value}
+        return {**fields, head: value}
+    below = fields.get(head)
+    return {**fields, head: set_field(below if isinstance(below, dict) else {}, rest, value)}
+
+
+def absolute_uri(uri: str) -> str:
+    """A tracking URI whose sqlite file, if it is one, has an absolute path."""
+    scheme = "sqlite:///"
+    if not uri.startswith(scheme) or uri.startswith(scheme + "/"):
+        return uri
+    return scheme + str(Path(uri.removeprefix(scheme)).absolute())
