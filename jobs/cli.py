@@ -4,24 +4,17 @@ Every verb takes `--json`: one JSON object as the last line of stdout. Progress,
 to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted.
 """
 
-import atexit
 import contextlib
 import json
-import os
-import shlex
-import signal
-import socket
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pipelines.errors import Failed, Refused, UserError
+from jobs.exits import end_process
+from pipelines.errors import Refused
 
 app = typer.Typer(
     name="ddpm",
@@ -51,48 +44,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 
 def main() -> NoReturn:
     """Entry point: runs a verb and turns its end into an exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
-    code = 1
-    try:
-        code = _run_verb()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    # Libraries' threads, still alive in a dying interpreter, now and then abort it after all is done: leave by
-    # ourselves, our things and theirs put away.
-    atexit._run_exitfuncs()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _run_verb() -> int:
-    try:
-        code = app(standalone_mode=False)
-    except UserError as error:
-        # One that comes out of a Ray task is wrapped in the task's traceback.
-        _fail(str(getattr(error, "cause", None) or error), 2)
-    except Refused as error:
-        if "--json" in sys.argv:
-            print(json.dumps({"refused": str(error), "decision": error.decision}), flush=True)
-        _fail(f"refused: {error}", 3)
-    except Failed as error:
-        _fail(f"failed: {error}", 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        # A word of the command line that typer does not take; it has its own classes for that, in no public place.
-        if not hasattr(error, "format_message"):
-            raise
-        _fail(error.format_message(), 2)
-    if code == 130:  # typer's way to pass Ctrl-C on
-        _fail("interrupted", 130)
-    return int(code or 0)
+    end_process(lambda: app(standalone_mode=False))
 
 
 @app.command()
@@ -103,15 +55,23 @@ def run(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Ingest, train, evaluate, sample, register, promote; done steps are skipped."""
+    """Ingest, train, evaluate, sample, register, promote. Steps that are done are skipped."""
     from jobs.tables import show_run
+    from jobs.ui import ui_command
     from pipelines.pipeline import run as run_pipeline
     from pipelines.spec import load_spec
 
     parsed = load_spec(spec, overrides or ())
     with _session(parsed, storage, tracking_uri) as session:
-        result = run_pipeline(parsed, session)
-    _print(as_json, asdict(result), lambda: show_run(result, _ui_command(session)))
+        refused = None
+        try:
+            result = run_pipeline(parsed, session)
+        except Refused as no:
+            refused, result = no, no.result
+    if refused is None or not as_json:  # as JSON, a refusal brings the result along
+        _print(as_json, asdict(result), lambda: show_run(result, ui_command(session)))
+    if refused is not None:
+        raise refused
 
 
 @app.command()
@@ -152,7 +112,7 @@ def train(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Train a spec's model to its last checkpoint (ingests first where needed)."""
+    """Train a spec's model to its last checkpoint. Ingests first where needed."""
     from pipelines.pipeline import run_training
     from pipelines.spec import load_spec
 
@@ -195,7 +155,7 @@ def sweep(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Try the settings of a spec's `sweep:` section; the winner is written as a spec that `train` takes."""
+    """Try the settings of a spec's `sweep:` section. The winner is written as a spec that `train` takes."""
     from jobs.tables import show_sweep
     from pipelines.pipeline import run_sweep
     from pipelines.spec import load_spec
@@ -217,7 +177,7 @@ def sample(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Draw images in bulk; a rerun makes the missing ones only, a larger --n extends."""
+    """Draw images in bulk. A rerun makes the missing ones only, a larger --n extends."""
     from pipelines.models import find_model, with_overrides
     from pipelines.pictures import draw_grid
     from pipelines.sample import Settings, sample_job
@@ -226,7 +186,7 @@ def sample(
     with _session(None, storage, tracking_uri) as session:
         found = with_overrides(find_model(model, session.store, session.tracker), overrides or ())
         fields = found.spec.sample.model_dump(exclude={"n", "workers", "seed"})
-        session.progress.start("sample", found.origin)
+        session.progress.start("sample", f"{n:,} images of {found.origin}, the actors start")
         settings, workers = Settings(**fields, seed=seed), found.spec.sample.workers
         samples = sample_job(found, settings, n, Place.of(out), session.cluster, workers, session.progress)
         grid = draw_grid(samples)
@@ -241,7 +201,7 @@ def register(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Make a run's last checkpoint a version of the registered model (evaluates first where needed)."""
+    """Register a run's last checkpoint as a version. Evaluates first where needed."""
     from pipelines.pipeline import register_finished
     from pipelines.train.run import find_run
 
@@ -258,7 +218,7 @@ def promote(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Give a version the alias `champion`, if its evidence passes the gates of its spec."""
+    """Make a version `champion`, if it passes its gates. They are those of the spec that it was registered with."""
     from pipelines.registry.promote import promote_by_name
 
     with _session(None, storage, tracking_uri) as session:
@@ -291,7 +251,7 @@ def submit(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Run a spec on a Ray cluster; its log is followed, its exit code passed on."""
+    """Run a spec on a Ray cluster. The job's log is followed, its exit code passed on."""
     from jobs.submit.ray_jobs import submit as submit_job
     from pipelines.spec import load_spec
 
@@ -309,21 +269,13 @@ def ui(
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Open MLflow's UI on the store's runs and models (on loopback, until interrupted)."""
+    """Open MLflow's UI on the store's runs and models. It listens on loopback, until interrupted."""
+    from jobs.ui import serve_ui
+
     with _session(None, storage, tracking_uri) as session:
         session.tracker.existing()
         address = session.tracker.address
-    if address.artifacts is None:
-        print(f"MLflow is a server already: open {address.uri}")
-        return
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address.uri]
-    command += ["--default-artifact-root", address.artifacts, "--host", "127.0.0.1", "--port", str(port)]
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise UserError(f"--port {port}: something listens there already, name another port")
-    print(f"http://127.0.0.1:{port}", file=sys.stderr)
-    os.execve(command[0], command, {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    serve_ui(address, port)
 
 
 @contextlib.contextmanager
@@ -349,20 +301,3 @@ def _print(as_json: bool, value: Any, show: Any) -> None:
         print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
     else:
         show()
-
-
-def _ui_command(session: Any) -> str:
-    """The command that shows this session's runs, wherever it is typed."""
-    beside = Path(sys.argv[0])
-    command = [str(beside.absolute()) if beside.name == "ddpm" else "ddpm", "ui", "--storage", str(session.store)]
-    local = session.tracking_uri == f"sqlite:///{session.store / 'mlflow.db'}"
-    return shlex.join([*command, *([] if local else ["--tracking-uri", session.tracking_uri])])
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"ddpm: {message}", file=sys.stderr)
-    sys.exit(code)

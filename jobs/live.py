@@ -8,7 +8,16 @@ from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from pipelines.progress import Progress as Listener
 from pipelines.progress import plain
@@ -49,6 +58,15 @@ class _View(Listener):
             self.say(f"warning: {message}")
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """Nothing while it is not known."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None or task.time_remaining is None:
+            return Text("")
+        return Text.assemble(super().render(task), (" left", "dim"))
+
+
 class LiveView(_View):
     """One line for each finished step, a bar with rate and time left for the one in hand."""
 
@@ -60,8 +78,7 @@ class LiveView(_View):
             BarColumn(bar_width=28),
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("[dim]left[/dim]"),
+            _TimeLeft(compact=True),
             console=self._console,
             transient=True,
         )

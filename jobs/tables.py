@@ -13,10 +13,13 @@ from pipelines.pipeline import Result
 def show_run(result: Result, ui_command: str) -> None:
     """The end of the main job: scores, champion, where the pictures lie, how to see more."""
     console = _console()
-    if not result.steps_done:
+    if not result.steps_done and result.version == result.champion:
         console.print("Nothing to do: every step of this spec is done.")
     show_scores(result.scores, result.evidence)
-    console.print(f"champion   {result.name} version {result.champion}")
+    if result.champion != result.version:
+        console.print(f"version    {result.name} version {result.version}, not the champion")
+    champion = f"{result.name} version {result.champion}" if result.champion else f"{result.name} has none"
+    console.print(f"champion   {champion}")
     console.print(f"samples    {result.samples['n']:,} images in {result.samples['out']}")
     console.print(f"pictures   {result.grid}")
     console.print(f"run        {result.folder}")

@@ -68,7 +68,11 @@ class Cluster:
 
     def cpus(self) -> int:
         """CPUs of the whole cluster."""
-        return int(self.connect().cluster_resources().get("CPU", 0))
+        return int(self.resource("CPU"))
+
+    def resource(self, name: str) -> float:
+        """What the whole cluster has of one of Ray's resources."""
+        return float(self.connect().cluster_resources().get(name, 0))
 
 
 @contextlib.contextmanager

@@ -18,3 +18,5 @@ class Refused(RuntimeError):
     def __init__(self, message: str, decision: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.decision = decision
+        self.result: Any = None
+        """What the verb had come to by then, where it had: a no is a result too."""

@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import CARD, Dataset
 from pipelines.data.sources import open_source
-from pipelines.errors import UserError
+from pipelines.errors import Refused, UserError
 from pipelines.models import Model, of_checkpoint
 from pipelines.session import Session
 from pipelines.spec import Spec
@@ -30,13 +30,16 @@ class Result:
     version: int
     champion: int | None
     """The version that has the alias now; another one where somebody decided so later."""
-    decision: dict[str, Any]
+    decision: Mapping[str, Any] | None
     steps_done: list[str]
     steps_skipped: list[str]
 
 
 def run(spec: Spec, session: Session) -> Result:
-    """Bring a spec to a promoted model; what is done already is skipped. Refused where a gate says no."""
+    """Bring a spec to a promoted model; what is done already is skipped.
+
+    Refused, with the result so far, where a gate says no.
+    """
     steps = Steps(session.store / "steps", session.progress)
     ingested = steps.run(ingest_step(spec, session))
     dataset = Dataset.open(session.store / ingested.outputs["dataset"])
@@ -48,19 +51,19 @@ def run(spec: Spec, session: Session) -> Result:
     evaluated = steps.run(evaluate_step(spec, dataset, model, session))
     sampled = steps.run(sample_step(spec, dataset, model, training, session))
     registered = steps.run(register_step(spec, dataset, model, training, evaluated, session))
-    promoted = steps.run(promote_step(spec, registered.outputs, session))
-    champion = session.tracker.champion(spec.name)
-    if champion != registered.outputs["version"]:
-        session.progress.say(f"warning: {spec.name}@champion is version {champion} now, by a later decision")
     every = {
         "ingest": ingested,
         "train": trained,
         "evaluate": evaluated,
         "sample": sampled,
         "register": registered,
-        "promote": promoted,
     }
-    return Result(
+    refusal = None
+    try:
+        every["promote"] = steps.run(promote_step(spec, registered.outputs, session))
+    except Refused as no:
+        refusal = no
+    result = Result(
         run=training.name,
         folder=str(training.place),
         grid=str(training.place / "grid.png"),
@@ -69,11 +72,17 @@ def run(spec: Spec, session: Session) -> Result:
         samples={**sampled.outputs, "out": str(session.store / sampled.outputs["out"])},
         name=spec.name,
         version=registered.outputs["version"],
-        champion=champion,
-        decision=promoted.outputs["decision"],
+        champion=session.tracker.champion(spec.name),
+        decision=every["promote"].outputs["decision"] if refusal is None else refusal.decision,
         steps_done=[name for name, step in every.items() if not step.skipped],
         steps_skipped=[name for name, step in every.items() if step.skipped],
     )
+    if refusal is not None:
+        refusal.result = result
+        raise refusal
+    if result.champion != result.version:
+        session.progress.say(f"warning: {spec.name}@champion is version {result.champion} now, by a later decision")
+    return result
 
 
 def _check_evaluable(spec: Spec, dataset: Dataset) -> None:
@@ -217,7 +226,7 @@ def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, sessi
         inputs={"model": model.digest, "sampling": _sampling(spec), "n": spec.sample.n, "run": training.name},
         work=work,
         needs=needs,
-        doing=f"{spec.sample.n:,} images, {spec.sample.steps} steps of {spec.sample.sampler}",
+        doing=f"{spec.sample.n:,} images by {spec.sample.steps} steps of {spec.sample.sampler}, the actors start",
     )
 
 

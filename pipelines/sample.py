@@ -167,7 +167,8 @@ def sample_job(
         job.claim()
         missing = _missing(job, n)
         done = n - sum(count for _, count in missing)
-        progress.advance(done, n, "images")
+        if done:
+            progress.advance(done, n, "images")
         if missing:
             for count in _make(model, job, missing, cluster, workers):
                 done += count

@@ -71,8 +71,11 @@ def test_a_changed_field_runs_only_what_depends_on_it(result: Result, shared: Se
     more = run(tiny_spec(train__workers=2, sample__n=40), shared)
     assert more.steps_done == ["sample"]
     stricter = tiny_spec(train__workers=2, promote__frechet_over_floor=1e-9)
-    with pytest.raises(Refused, match="frechet_over_floor"):
+    with pytest.raises(Refused, match="frechet_over_floor") as refused:
         run(stricter, shared)
+    found = refused.value.result
+    assert (found.scores, found.champion, found.steps_done) == (result.scores, result.version, ["sample"])
+    assert not found.decision["promoted"]
     with pytest.raises(Refused):  # a refusal is not a done step
         run(stricter, shared)
 

@@ -91,12 +91,19 @@ def trained(run: Run, spec: Spec) -> Trained | None:
 
 
 def _check_resources(spec: Spec, cluster: Cluster) -> None:
-    need, have = spec.train.workers * spec.train.threads, cluster.cpus()
-    if need > have and not spec.train.oversubscribe:
+    cores, have = spec.train.workers * spec.train.threads, cluster.cpus()
+    if cores > have and not spec.train.oversubscribe:
         raise UserError(
-            f"train.workers: {spec.train.workers} workers of {spec.train.threads} threads need {need} CPUs, "
+            f"train.workers: {spec.train.workers} workers of {spec.train.threads} threads need {cores} CPUs, "
             f"the cluster has {have}: lower it, or set train.oversubscribe for a test"
         )
+    for resource, each in spec.train.resources.items():
+        need, there = spec.train.workers * each, cluster.resource(resource)
+        if need > there:
+            raise UserError(
+                f"train.resources: {spec.train.workers} workers need {need:g} {resource}, the cluster has {there:g}: "
+                "lower one of them, or leave the resource out"
+            )
 
 
 def _fit_and_watch(spec: Spec, dataset: Dataset, run: Run, tracker: Tracker, progress: Progress) -> None:

@@ -81,10 +81,14 @@ def test_verbs_that_only_read_make_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_more_workers_than_cores_is_refused_with_the_way_out(tmp_path: Path, ray_address: str) -> None:
+def test_more_than_the_cluster_has_is_refused_before_anything_starts(tmp_path: Path, ray_address: str) -> None:
     write_spec(tmp_path / "spec.yaml", train__workers=16, train__slots=16, train__global_batch=64)
     done = ddpm("train", "spec.yaml", "--set", f"ray.address={ray_address}", cwd=tmp_path)
     assert_refused(done, "train.workers", "train.oversubscribe")
+    write_spec(tmp_path / "spec.yaml")
+    rare = ("--set", "train.resources={licence: 1}", "--set", f"ray.address={ray_address}")
+    done = ddpm("train", "spec.yaml", *rare, cwd=tmp_path)
+    assert_refused(done, "train.resources: 1 workers need 1 licence, the cluster has 0")
 
 
 def test_ingest_prints_one_json_object_last(tmp_path: Path, pictures: Path) -> None:

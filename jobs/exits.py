@@ -1,0 +1,75 @@
+"""How a verb's process ends: a known failure is one line on stderr and an exit code, and nothing is left behind."""
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from types import FrameType
+from typing import Any, NoReturn
+
+from pipelines.errors import Failed, Refused, UserError
+
+
+def end_process(verb: Callable[[], int | None]) -> NoReturn:
+    """Run a verb and end the process: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _terminate)
+    code = 1
+    try:
+        code = _exit_code(verb)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    # Libraries' threads, still alive in a dying interpreter, now and then abort it after all is done: leave by
+    # ourselves, our things and theirs put away.
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _exit_code(verb: Callable[[], int | None]) -> int:
+    try:
+        code = verb()
+    except UserError as error:
+        # One that comes out of a Ray task is wrapped in the task's traceback.
+        return _say(str(getattr(error, "cause", None) or error), 2)
+    except Refused as error:
+        if "--json" in sys.argv:
+            print(json.dumps(_plain(error), ensure_ascii=False, default=str), flush=True)
+        return _say(f"refused: {error}", 3)
+    except Failed as error:
+        return _say(f"failed: {error}", 1)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        # A word of the command line that typer does not take; it has its own classes for that, in no public place.
+        if not hasattr(error, "format_message"):
+            raise
+        return _say(error.format_message(), 2)
+    if code == 130:  # typer's way to pass Ctrl-C on
+        return _say("interrupted", 130)
+    return int(code or 0)
+
+
+def _plain(refusal: Refused) -> dict[str, Any]:
+    found = {} if refusal.result is None else asdict(refusal.result)
+    return {**found, "refused": str(refusal), "decision": refusal.decision}
+
+
+def _say(message: str, code: int) -> int:
+    print(f"ddpm: {message}", file=sys.stderr)
+    return code
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,194 @@
+"""The sections of a spec: typed, frozen, each with its defaults in sight and every field's meaning under it."""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Tracking(Section):
+    uri: str | None = None
+    """MLflow tracking URI; by default `mlflow.db` in the store."""
+    experiment: str = "ddpm"
+
+
+class RayCluster(Section):
+    address: str | None = None
+    """A Ray cluster's address ("auto": the one this host is part of); by default Ray is started for the run."""
+
+
+class Data(Section):
+    source: str
+    """`digits` (bundled), or the path of a folder of images (its class folders become labels)."""
+    image_size: Annotated[int, Field(ge=8)]
+    """Side of the square images, pixels."""
+    channels: Literal[1, 3] = 1
+    held_out: Fraction = 0.2
+    """Share of the images kept from training, chosen by a hash of their content."""
+    shard_images: PositiveInt = 1000
+    """Images a shard."""
+    window: PositiveInt = 4
+    """Consecutive shards whose images are shuffled together."""
+    flip: bool = False
+    """Mirror half of the training images, keyed by slot."""
+
+
+class Model(Section):
+    channels: Annotated[list[PositiveInt], Field(min_length=1)] = [32, 64, 64]
+    """Width of each resolution level; each level halves the image's side."""
+    blocks: PositiveInt = 2
+    """Residual blocks a level."""
+    attention: list[Annotated[int, Field(ge=0)]] = []
+    """Levels with self-attention; 0 is the full resolution."""
+    mid_attention: bool = False
+    head_channels: PositiveInt | None = None
+    """Channels of an attention head; by default one head."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    groups: PositiveInt = 32
+
+
+class Linear(Section):
+    kind: Literal["linear"] = "linear"
+    beta_start: Fraction = 1e-4
+    beta_end: Fraction = 0.02
+
+
+class Quadratic(Section):
+    kind: Literal["quadratic"]
+    beta_start: Fraction = 1e-4
+    beta_end: Fraction = 0.02
+
+
+class Cosine(Section):
+    kind: Literal["cosine"]
+    s: PositiveFloat = 0.008
+
+
+class Sigmoid(Section):
+    kind: Literal["sigmoid"]
+    start: float = -3.0
+    end: float = 3.0
+    tau: PositiveFloat = 1.0
+
+
+Schedule = Annotated[Linear | Quadratic | Cosine | Sigmoid, Field(discriminator="kind")]
+
+
+class Diffusion(Section):
+    timesteps: Annotated[int, Field(ge=2)] = 1000
+    schedule: Schedule = Linear()
+    """Its kind (linear where none is given) and that kind's own parameters."""
+    predict: Literal["eps", "x0", "v"] = "eps"
+    variance: Literal["small", "large"] = "small"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _linear_where_no_kind(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and isinstance(fields.get("schedule"), dict):
+            return {**fields, "schedule": {"kind": "linear", **fields["schedule"]}}
+        return fields
+
+
+class Train(Section):
+    images: PositiveInt
+    """Images to train on (the clock of everything); rounds up to a whole batch."""
+    global_batch: PositiveInt = 128
+    slots: PositiveInt = 4
+    """Parts of a batch, a power of two; workers share them out."""
+    workers: PositiveInt = 1
+    threads: PositiveInt = 1
+    """Torch threads a worker; part of the run's identity."""
+    resources: dict[str, PositiveFloat] = {}
+    """Ray resources a worker, beside its CPUs."""
+    oversubscribe: bool = False
+    """Allow more workers than cores (for tests)."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt = 3
+    log_every: PositiveInt = 10
+    """Steps between rows of the journal."""
+    learning_rate: PositiveFloat = 2e-4
+    warmup_images: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: PositiveFloat | None = 1.0
+    """Largest norm of the gradient."""
+    ema_half_life: PositiveInt = 20_000
+    """Images after which a weight counts half in the moving average."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "Train":
+        if self.slots & (self.slots - 1):
+            raise ValueError(f"train.slots: {self.slots} is not a power of two")
+        if self.global_batch % self.slots:
+            raise ValueError(f"train.global_batch: {self.global_batch} is not a multiple of train.slots = {self.slots}")
+        if self.slots % self.workers:
+            raise ValueError(f"train.workers: {self.workers} does not divide train.slots = {self.slots}")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        return -(-self.images // self.global_batch)
+
+
+class Sample(Section):
+    n: PositiveInt = 1000
+    seed: int = 0
+    sampler: Literal["ddim", "ancestral"] = "ddim"
+    steps: PositiveInt = 50
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    chunk: PositiveInt = 100
+    """Images computed together; part of the job's identity."""
+    workers: PositiveInt = 1
+    threads: PositiveInt = 1
+
+
+class Evaluate(Section):
+    feature_width: Annotated[int, Field(ge=2, le=64)] = 64
+    feature_epochs: PositiveInt = 30
+    """Passes of the feature network over the training images."""
+    bits_images: PositiveInt = 256
+    """Held-out images whose bits/dim is estimated."""
+    bits_timesteps: Annotated[int, Field(ge=2)] = 8
+    """Timesteps evaluated for each of them."""
+
+
+class Gates(Section):
+    """What a model must show before it becomes `champion`."""
+
+    frechet_over_floor: PositiveFloat = 2.0
+    """Largest Frechet distance, in units of the real-against-real floor at the same n."""
+    feature_accuracy: Fraction = 0.95
+    """Least held-out accuracy of the feature network, or its score means nothing."""
+
+
+class EarlyStop(Section):
+    """Asynchronous successive halving (Li et al. 2018) on the images-seen clock."""
+
+    grace_images: PositiveInt
+    """Images every trial may train on."""
+    reduction: Annotated[int, Field(ge=2)] = 2
+    """One trial in so many goes on at each rung."""
+
+
+class Sweep(Section):
+    parameters: dict[str, Annotated[list[Any], Field(min_length=1)]]
+    """Dotted spec field -> the values to try."""
+    search: Literal["grid", "random"] = "grid"
+    trials: PositiveInt | None = None
+    """Number of random trials; a grid has its own."""
+    concurrent: PositiveInt = 1
+    early_stop: EarlyStop | None = None
+    frechet_images: PositiveInt = 256
+    """Samples a trial's Frechet distance is taken from."""
+
+    @model_validator(mode="after")
+    def _trials_belong_to_random(self) -> "Sweep":
+        if (self.search == "random") != (self.trials is not None):
+            raise ValueError("sweep.trials: give it with `search: random`, and only then")
+        return self
