@@ -103,13 +103,12 @@ def _joined(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _local() -> Iterator[None]:
-    # Ray reads these once, when it is imported, and keeps them as long as the process lives.
-    os.environ["RAY_AUTH_MODE"] = "token"
+    # With no mode said, Ray turns tokens on as it starts, also in a process that has imported it long before; a mode
+    # set here would come too late for that one.
+    os.environ.pop("RAY_AUTH_MODE", None)
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_urlsafe(32))
     # A variable of the surroundings must not turn "start a cluster here" into "join that one".
     os.environ.pop("RAY_ADDRESS", None)
-    # Ray turns 127.0.0.1 into the host's address where it expects a cluster of several hosts; this says there is none.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     if ray.is_initialized():  # by whoever called us as a library: theirs to end
@@ -122,6 +121,7 @@ def _local() -> Iterator[None]:
     port = _free_port()
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     _remove_folders_of_the_dead()
+    _stay_on_loopback()
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_short_temporary_root())
     try:
         ray.init(
@@ -140,6 +140,14 @@ def _local() -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stay_on_loopback() -> None:
+    """Ray turns 127.0.0.1 into the host's address where it expects a cluster of several hosts: say there is none."""
+    from ray._private import ray_constants
+
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which may have imported Ray before
 
 
 def _free_port() -> int:

@@ -2,6 +2,9 @@
 
 import os
 import stat
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import psutil
@@ -37,3 +40,22 @@ def test_its_folder_is_closed_to_others_and_no_token_file_is_written(cluster: Cl
 def test_what_can_never_run_is_refused_by_its_field(cluster: Cluster) -> None:
     with pytest.raises(UserError, match=r"^sample\.threads: .* the cluster has"):
         cluster.check_cpus("sample.threads", cluster.cpus() + 1)
+
+
+def test_a_process_that_had_imported_ray_gets_tokens_and_loopback_too() -> None:
+    """Ray reads both settings when it is imported, which is before we are asked, where we are a library."""
+    code = """
+        import os, ray
+        from pipelines.cluster import Cluster
+        with Cluster(None) as cluster:
+            cluster.connect()
+            from ray._raylet import AuthenticationMode, get_authentication_mode
+            print(get_authentication_mode() == AuthenticationMode.TOKEN, ray.get_runtime_context().gcs_address)
+    """
+    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {**surroundings, "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    token_on, address = done.stdout.split()
+    assert token_on == "True", done.stderr
+    assert address.startswith("127.0.0.1:")
