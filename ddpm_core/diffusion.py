@@ -17,8 +17,8 @@ from ddpm_core.schedule import NoiseSchedule
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
-PREDICTIONS = ("eps", "x0", "v")
-VARIANCES = ("small", "large")
+PREDICTIONS = ("eps", "x0", "v", "mean")
+VARIANCES = ("small", "large", "learned_range")
 
 
 class Reverse(NamedTuple):
@@ -32,13 +32,16 @@ class Reverse(NamedTuple):
 class GaussianDiffusion:
     """A noise schedule together with what the network predicts and the variance of the reverse steps.
 
-    predict: "eps" (the noise), "x0" (the image) or "v" = signal_rate eps - noise_rate x0 (Salimans and Ho 2022,
-    "Progressive distillation", appendix D).
+    predict: "eps" (the noise), "x0" (the image), "v" = signal_rate eps - noise_rate x0 (Salimans and Ho 2022,
+    "Progressive distillation", appendix D), or "mean", that of p(x_{t-1} | x_t) (DDPM, section 3.2: the baseline).
     variance: that of p(x_{t-1} | x_t): "small", the posterior's beta_tilde_t, or "large", beta_t (DDPM, section
     3.2). At t = 1, where beta_tilde is 0, either is beta_tilde_2: it serves the decoder's likelihood alone, for
-    sampling adds no noise there.
+    sampling adds no noise there. "learned_range": the network has 2 C channels, the second C of which, v, choose
+    between the two on a logarithmic scale, log variance = (1 + v)/2 log beta_t + (1 - v)/2 log beta_tilde_t
+    (Nichol and Dhariwal 2021, "Improved DDPM", eq. 15; v is not confined to -1..1, as there).
 
-    ValueError for other values, and for "eps" on a schedule with zero terminal signal.
+    Any prediction goes with "small" and "large"; "learned_range" with all but "mean". ValueError for other
+    combinations, and for "eps" on a schedule with zero terminal signal.
     """
 
     def __init__(self, schedule: NoiseSchedule, predict: str = "eps", variance: str = "small") -> None:
@@ -46,19 +49,21 @@ class GaussianDiffusion:
             raise ValueError(f"predict must be one of {', '.join(PREDICTIONS)}, not {predict!r}")
         if variance not in VARIANCES:
             raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, not {variance!r}")
+        if predict == "mean" and variance == "learned_range":
+            raise ValueError("predict mean goes with variance small or large, not with learned_range")
         if predict == "eps" and schedule.alpha_bar[-1] == 0:
             raise ValueError("eps says nothing about x0 where no signal is left: predict v or x0 on this schedule")
         self.schedule = schedule
         self.predict = predict
         self.variance = variance
-        self._tables = {torch.device("cpu"): _tables(schedule, variance)}
+        self._tables = {torch.device("cpu"): _tables(schedule)}
 
     @property
     def timesteps(self) -> int:
         """T."""
         return self.schedule.timesteps
 
-    def respace(self, steps: int, spacing: str = "leading") -> "GaussianDiffusion":
+    def respace(self, steps: int, spacing: str = "trailing") -> "GaussianDiffusion":
         """The same process on `steps` of the timesteps (`NoiseSchedule.respace`)."""
         return GaussianDiffusion(self.schedule.respace(steps, spacing), self.predict, self.variance)
 
@@ -67,11 +72,13 @@ class GaussianDiffusion:
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, a draw of q(x_t | x_0) (DDPM, eq. 4)."""
         t = self._checked(t, x0)
+        _check_images(x0, eps)
         return self.at("signal_rate", t, x0) * x0 + self.at("noise_rate", t, x0) * eps
 
     def q_step(self, x_prev: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps, one Markov step q(x_t | x_{t-1}) (DDPM, eq. 2)."""
         t = self._checked(t, x_prev)
+        _check_images(x_prev, eps)
         return self.at("sqrt_alpha", t, x_prev) * x_prev + self.at("sqrt_beta", t, x_prev) * eps
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,46 +87,77 @@ class GaussianDiffusion:
         mean = self.at("posterior_x0", t, x_t) * x0 + self.at("posterior_x_t", t, x_t) * x_t
         return mean, self.at("posterior_variance", t, x_t).expand_as(mean)
 
-    # What the network says.
+    # What the network says. It may compute in half precision; what its output stands for is reckoned in float32 at
+    # least, for near T an error of the mean comes back thousands of times larger in x0.
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """What the network should have answered at x_t = q_sample(x0, t, eps)."""
-        t = self._checked(t, x0)
         if self.predict == "eps":
             return eps
         if self.predict == "x0":
             return x0
+        if self.predict == "mean":
+            return self.posterior(x0, self.q_sample(x0, t, eps), t)[0]
+        t = self._checked(t, x0)
         return self.at("signal_rate", t, x0) * eps - self.at("noise_rate", t, x0) * x0
 
     def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """The x0 that the network's output stands for. The output is cast to x_t's dtype first."""
-        t = self._checked(t, x_t)
-        output = output.to(x_t.dtype)
+        """The x0 that the network's output stands for."""
+        t, x_t, output = self._heard(x_t, t, output)
         if self.predict == "x0":
             return output
+        if self.predict == "mean":
+            return (output - self.at("posterior_x_t", t, x_t) * x_t) / self.at("posterior_x0", t, x_t)
         signal, noise = self.at("signal_rate", t, x_t), self.at("noise_rate", t, x_t)
         if self.predict == "eps":
             return (x_t - noise * output) / signal
         return signal * x_t - noise * output
 
     def predict_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """The eps that the network's output stands for. The output is cast to x_t's dtype first."""
-        t = self._checked(t, x_t)
-        output = output.to(x_t.dtype)
+        """The eps that the network's output stands for."""
+        t, x_t, output = self._heard(x_t, t, output)
         if self.predict == "eps":
             return output
         signal, noise = self.at("signal_rate", t, x_t), self.at("noise_rate", t, x_t)
-        if self.predict == "x0":
-            return (x_t - signal * output) / noise
-        return noise * x_t + signal * output
+        if self.predict == "v":
+            return noise * x_t + signal * output
+        return (x_t - signal * self.predict_x0(x_t, t, output)) / noise
+
+    def predict_v(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The v that the network's output stands for."""
+        t, x_t, output = self._heard(x_t, t, output)
+        if self.predict == "v":
+            return output
+        signal, noise = self.at("signal_rate", t, x_t), self.at("noise_rate", t, x_t)
+        return signal * self.predict_eps(x_t, t, output) - noise * self.predict_x0(x_t, t, output)
+
+    def predict_mean(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The mean of p(x_{t-1} | x_t) that the network's output stands for (DDPM, eq. 11)."""
+        t, x_t, output = self._heard(x_t, t, output)
+        if self.predict == "mean":
+            return output
+        return self.posterior(self.predict_x0(x_t, t, output), x_t, t)[0]
+
+    def predict_variance(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The variance of p(x_{t-1} | x_t), of x_t's shape; the network has a say for "learned_range" alone."""
+        t = self._checked(t, x_t)
+        if self.variance != "learned_range":
+            return self.at(f"{self.variance}_variance", t, x_t).expand_as(x_t)
+        choice = self._halves(x_t, output)[1]
+        if choice is None:
+            raise ValueError("a learned variance is in the second half of the output's channels, which is missing")
+        share = (choice.to(_wide(x_t)) + 1) / 2
+        low, high = self.at("log_small_variance", t, share), self.at("log_beta", t, share)
+        return (share * high + (1 - share) * low).exp()
 
     def reverse(self, x_t: Tensor, t: Tensor, output: Tensor, clip_x0: bool) -> Reverse:
         """p(x_{t-1} | x_t): the posterior with the predicted x0 put in for x0 (DDPM, eq. 11)."""
         x0 = self.predict_x0(x_t, t, output)
+        variance = self.predict_variance(x_t, t, output)
         if clip_x0:
             x0 = x0.clamp(-1, 1)
-        mean, _ = self.posterior(x0, x_t, t)
-        return Reverse(mean, self.at("model_variance", t, x_t).expand_as(mean), x0)
+            return Reverse(self.posterior(x0, x_t, t)[0], variance, x0)
+        return Reverse(self.predict_mean(x_t, t, output), variance, x0)
 
     def call(self, model: Network, x_t: Tensor, t: Tensor) -> Tensor:
         """model(x_t, timestep): the network is given the original timestep less one, int64 [N]."""
@@ -136,8 +174,11 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Weighted squared error of the network's output, the mean over C, H, W: float32 [N] (DDPM, eq. 14).
 
-        `weighting` is a function of (process, t) that gives [N] weights.
+        `weighting` is a function of (process, t) that gives [N] weights. Other losses: `ddpm_core.losses`.
+        ValueError for a learned variance, which this loss would leave untrained.
         """
+        if self.variance == "learned_range":
+            raise ValueError("this loss does not train a learned variance: use losses.hybrid or losses.vlb")
         output = self.call(model, self.q_sample(x0, t, eps), t)
         error = output.float() - self.target(x0, t, eps).float()
         return error.square().flatten(1).mean(1) * weighting(self, t).to(error)
@@ -148,7 +189,8 @@ class GaussianDiffusion:
         """The named coefficient at t, cast to the dtype of `like` and shaped [N, 1, ...] to multiply it.
 
         Names: signal_rate, noise_rate, sqrt_alpha, sqrt_beta, posterior_x0 and posterior_x_t (the factors of x0
-        and x_t in the posterior's mean), posterior_variance, model_variance.
+        and x_t in the posterior's mean), posterior_variance, small_variance and large_variance (of the reverse
+        step), log_small_variance, log_beta.
         """
         values = self._tables_on(t.device)[name][t - 1].to(like.dtype)
         return values.view(-1, *[1] * (like.ndim - 1))
@@ -157,6 +199,23 @@ class GaussianDiffusion:
         if device not in self._tables:
             self._tables[device] = {k: v.to(device) for k, v in self._tables[torch.device("cpu")].items()}
         return self._tables[device]
+
+    def _heard(self, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, x_t, the prediction in the output), wide enough to reckon with."""
+        wide = _wide(x_t)
+        return self._checked(t, x_t), x_t.to(wide), self._halves(x_t, output)[0].to(wide)
+
+    def _halves(self, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Prediction and, of a learned variance, what chooses it; ValueError for an output of another shape."""
+        channels = x_t.shape[1] if x_t.ndim > 1 else 1
+        if output.shape == x_t.shape:  # of a learned variance: a prediction that was taken out before
+            return output, None
+        if self.variance == "learned_range" and output.shape == (len(x_t), 2 * channels, *x_t.shape[2:]):
+            return output[:, :channels], output[:, channels:]
+        raise ValueError(
+            f"the network's output for images {list(x_t.shape)} and variance {self.variance} cannot be of shape "
+            f"{list(output.shape)}"
+        )
 
     def _checked(self, t: Tensor, images: Tensor) -> Tensor:
         """t on the images' device, [N] or [1]; ValueError where it is no timestep of each image."""
@@ -171,12 +230,23 @@ class GaussianDiffusion:
         return t.reshape(-1).to(images.device)
 
 
-def _tables(schedule: NoiseSchedule, variance: str) -> dict[str, Tensor]:
+def _wide(images: Tensor) -> torch.dtype:
+    return torch.promote_types(images.dtype, torch.float32)
+
+
+def _check_images(images: Tensor, eps: Tensor) -> None:
+    if images.shape != eps.shape:
+        raise ValueError(f"the noise must be of the images' shape {list(images.shape)}, not {list(eps.shape)}")
+    if not images.isfinite().all():
+        raise ValueError("the images hold values that are not finite")
+
+
+def _tables(schedule: NoiseSchedule) -> dict[str, Tensor]:
     alpha, alpha_bar, alpha_bar_prev = schedule.alpha, schedule.alpha_bar, schedule.alpha_bar_prev
-    posterior_variance = schedule.posterior_variance
-    model_variance = posterior_variance.clone() if variance == "small" else schedule.beta
+    small, large = schedule.posterior_variance, schedule.beta
     # DDPM's code does the same for both choices. With T = 1 there is no t = 2 to borrow from.
-    model_variance[0] = posterior_variance[1] if schedule.timesteps > 1 else schedule.beta[0]
+    small[0] = small[1] if schedule.timesteps > 1 else large[0]
+    large[0] = small[0]
     return {
         "signal_rate": schedule.signal_rate,
         "noise_rate": schedule.noise_rate,
@@ -184,8 +254,11 @@ def _tables(schedule: NoiseSchedule, variance: str) -> dict[str, Tensor]:
         "sqrt_beta": schedule.beta.sqrt(),
         "posterior_x0": alpha_bar_prev.sqrt() * schedule.beta / (1 - alpha_bar),
         "posterior_x_t": alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar),
-        "posterior_variance": posterior_variance,
-        "model_variance": model_variance,
+        "posterior_variance": schedule.posterior_variance,
+        "small_variance": small,
+        "large_variance": large,
+        "log_small_variance": small.log(),
+        "log_beta": schedule.beta.log(),
         "network_timestep": schedule.original_timesteps - 1,
     }
 

@@ -1,4 +1,7 @@
-"""Losses as functions: weightings of the training loss, and the exact terms of the variational bound.
+"""Losses as functions: weightings of the squared error, the bound's own losses, and its exact terms.
+
+Every loss takes (process, model, x0, t, eps) and gives float32 [N]; the weighted squared error, L_simple, is the
+process's own method `loss`.
 
 Ho et al. 2020 (DDPM), equation 5: L = L_T + sum over t = 2..T of L_{t-1} + L_0, where L_T is the distance of
 q(x_T) from the prior, L_{t-1} the divergence of the reverse step from the posterior, and L_0 the decoder's
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ddpm_core.diffusion import GaussianDiffusion
+    from ddpm_core.diffusion import GaussianDiffusion, Network, Reverse
 
 # Weights [N] of the training loss at timesteps t [N].
 Weighting = Callable[["GaussianDiffusion", Tensor], Tensor]
@@ -24,6 +27,100 @@ LEVELS = 256  # 8-bit pixels: x0 lies on the grid -1, -1 + 2/255, ..., 1
 def uniform(process: "GaussianDiffusion", t: Tensor) -> Tensor:
     """Weight 1 at every timestep: L_simple (DDPM, eq. 14) where the network predicts eps."""
     return torch.ones(t.shape, dtype=torch.float32, device=t.device)
+
+
+def min_snr(gamma: float = 5.0) -> Weighting:
+    """Weight min(SNR_t, gamma) on the squared error of x0 (Hang et al. 2023, "Efficient diffusion training via
+    min-SNR weighting strategy", section 3.4), whatever is predicted: min(SNR, gamma) / SNR on that of eps,
+    min(SNR, gamma) / (SNR + 1) on that of v. ValueError for gamma <= 0.
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma must be above 0, not {gamma}")
+
+    def weights(process: "GaussianDiffusion", t: Tensor) -> Tensor:
+        return _snr(process, t).clamp(max=gamma) / _output_error(process, t)
+
+    return weights
+
+
+def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
+    """Weight 1 / (k + SNR_t)^gamma on the squared error of eps (Choi et al. 2022, "Perception prioritized training
+    of diffusion models", eq. 8), whatever is predicted. ValueError for gamma < 0 or k <= 0.
+    """
+    if not (gamma >= 0 and k > 0):
+        raise ValueError(f"gamma >= 0 and k > 0 are needed, not gamma {gamma}, k {k}")
+
+    def weights(process: "GaussianDiffusion", t: Tensor) -> Tensor:
+        snr = _snr(process, t)
+        return snr / (k + snr) ** gamma / _output_error(process, t)
+
+    return weights
+
+
+def _snr(process: "GaussianDiffusion", t: Tensor) -> Tensor:
+    return process.schedule.log_snr.to(t.device)[t - 1].exp()
+
+
+def _output_error(process: "GaussianDiffusion", t: Tensor) -> Tensor:
+    """Squared error of the network's output where that of the x0 behind it is 1, float64 [N], at the same x_t."""
+    snr = _snr(process, t)
+    if process.predict == "eps":
+        return snr
+    if process.predict == "x0":
+        return torch.ones_like(snr)
+    if process.predict == "v":
+        return 1 + snr
+    return process.at("posterior_x0", t, snr).square()
+
+
+def mean_matching(process: "GaussianDiffusion", model: "Network", x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """The original objective, L_{t-1} (DDPM, eq. 8): |mu_tilde - mu_theta|^2 / (2 sigma_t^2) for t >= 2, and the
+    decoder's L_0 (eq. 13) at t = 1, nats per dimension, float32 [N].
+
+    The constant of eq. 8, which does not train, is left out: it is 0 for the small variance. Whatever the network
+    predicts, its mean is matched. ValueError for a learned variance, which is no constant: use `vlb`.
+    """
+    if process.variance == "learned_range":
+        raise ValueError("mean matching takes a fixed variance, small or large: train a learned one by hybrid or vlb")
+    x_t = process.q_sample(x0, t, eps)
+    reverse = process.reverse(x_t, t, process.call(model, x_t, t), clip_x0=False)
+    target, _ = process.posterior(x0, x_t, t)
+    loss = (target - reverse.mean).square() / (2 * reverse.variance)
+    return _with_decoder(loss, x0, t, reverse).flatten(1).mean(1).float()
+
+
+def vlb(process: "GaussianDiffusion", model: "Network", x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """The bound's own term at t, bits per dimension, float32 [N]: L_vlb of DDPM is T times its mean over t.
+
+    `ddpm_core.timesteps` draws t so that it varies less than with t drawn evenly.
+    """
+    x_t = process.q_sample(x0, t, eps)
+    return vlb_term(process, x0, x_t, t, process.call(model, x_t, t), clip_x0=False).float()
+
+
+def hybrid(
+    process: "GaussianDiffusion",
+    model: "Network",
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    weighting: Weighting = uniform,
+    vlb_weight: float = 0.001,
+) -> Tensor:
+    """L_simple + vlb_weight L_vlb, the mean held fixed in the second, so that it trains the variance alone: float32
+    [N] (Nichol and Dhariwal 2021, "Improved DDPM", eq. 16; L_vlb is T times the term at t, in bits per dimension).
+
+    ValueError for a fixed variance, of which the second part would train nothing.
+    """
+    if process.variance != "learned_range":
+        raise ValueError(f"the hybrid loss trains a learned variance, not a fixed one ({process.variance})")
+    x_t = process.q_sample(x0, t, eps)
+    output = process.call(model, x_t, t)
+    prediction, choice = output.chunk(2, dim=1)
+    error = prediction.float() - process.target(x0, t, eps).float()
+    simple = error.square().flatten(1).mean(1) * weighting(process, t).to(error)
+    bound = vlb_term(process, x0, x_t, t, torch.cat((prediction.detach(), choice), dim=1), clip_x0=False)
+    return simple + vlb_weight * process.timesteps * bound.float()
 
 
 def gaussian_kl(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor) -> Tensor:
@@ -57,11 +154,23 @@ def vlb_term(process: "GaussianDiffusion", x0: Tensor, x_t: Tensor, t: Tensor, o
     x0, x_t = x0.double(), x_t.double()
     model = process.reverse(x_t, t, output, clip_x0)
     mean, variance = process.posterior(x0, x_t, t)
-    first = (t == 1).view(-1, *[1] * (x0.ndim - 1)).to(x0.device)
     # The posterior's variance is 0 at t = 1; the value put in is not used.
-    kl = gaussian_kl(mean, torch.where(first, 1.0, variance), model.mean, model.variance)
-    nats = torch.where(first, decoder_nll(x0, model.mean, model.variance), kl) if first.any() else kl
-    return nats.flatten(1).mean(1) / math.log(2)
+    kl = gaussian_kl(mean, torch.where(_first(t, x0), 1.0, variance), model.mean, model.variance)
+    return _with_decoder(kl, x0, t, model).flatten(1).mean(1) / math.log(2)
+
+
+def _with_decoder(nats: Tensor, x0: Tensor, t: Tensor, model: "Reverse") -> Tensor:
+    """The terms [N, C, H, W], with the decoder's where t is 1."""
+    first = _first(t, x0)
+    if not first.any():
+        return nats
+    decoder = decoder_nll(x0.double(), model.mean.double(), model.variance.double())
+    return torch.where(first, decoder.to(nats.dtype), nats)
+
+
+def _first(t: Tensor, x0: Tensor) -> Tensor:
+    """Where t is 1, shaped to select among [N, C, H, W]."""
+    return (t == 1).view(-1, *[1] * (x0.ndim - 1)).to(x0.device)
 
 
 def prior_term(process: "GaussianDiffusion", x0: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def sample(
     sampler: str = "ancestral",
     steps: int | None = None,
     eta: float = 0.0,
-    spacing: str = "leading",
+    spacing: str = "trailing",
     clip_x0: bool = True,
     callback: Callback | None = None,
     device: torch.device | str | None = None,

@@ -190,7 +190,7 @@ class NoiseSchedule:
 
     # What can be made of one.
 
-    def respace(self, steps: int, spacing: str = "leading") -> Self:
+    def respace(self, steps: int, spacing: str = "trailing") -> Self:
         """The schedule of a subset of `steps` timesteps, for sampling in fewer (Nichol and Dhariwal 2021, eq. 19).
 
         alpha_bar is kept at the chosen timesteps and beta follows; `original_timesteps` says which they are.

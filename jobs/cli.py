@@ -1,7 +1,7 @@
 """The `ddpm` command: words in, verbs called, results printed. No logic of its own.
 
-Every verb takes `--json`: one JSON object as the last line of stdout. Progress, prose and other libraries' prints go
-to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted.
+Every verb but `ui`, which has no end, takes `--json`: one JSON object as the last line of stdout. Progress, prose and
+other libraries' prints go to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from jobs.exits import end_process
-from pipelines.errors import Refused
+from pipelines.errors import Refused, UserError
 
 app = typer.Typer(
     name="ddpm",
@@ -40,6 +40,9 @@ TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow [default: spec, $MLFLOW_TRACKING_URI, mlflow.db in the store].")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+
+_SAMPLE_OPTIONS = {"sample.n": "--n", "sample.seed": "--seed"}
+"""Fields of a spec for which `sample` has options of its own."""
 
 
 def main() -> NoReturn:
@@ -184,6 +187,9 @@ def sample(
     from pipelines.store import Place
 
     with _session(None, storage, tracking_uri) as session:
+        for override in overrides or ():
+            if (option := _SAMPLE_OPTIONS.get(override.partition("=")[0])) is not None:
+                raise UserError(f"--set {override}: here it is said by {option}")
         found = with_overrides(find_model(model, session.store, session.tracker), overrides or ())
         fields = found.spec.sample.model_dump(exclude={"n", "workers", "seed"})
         session.progress.start("sample", f"{n:,} images of {found.origin}, the actors start")
@@ -203,10 +209,15 @@ def register(
 ) -> None:
     """Register a run's last checkpoint as a version. Evaluates first where needed."""
     from pipelines.pipeline import register_finished
+    from pipelines.sections import RayCluster
+    from pipelines.session import storage_of
+    from pipelines.store import Place
     from pipelines.train.run import find_run
 
-    with _session(None, storage, tracking_uri) as session:
-        outputs = register_finished(find_run(run, session.store), session)
+    store = Place.of(storage_of(None, storage))
+    spec = find_run(run, store).spec().model_copy(update={"ray": RayCluster()})  # where it ran need not be here
+    with _session(spec, str(store), tracking_uri) as session:
+        outputs = register_finished(find_run(run, store), session)
     _print(as_json, outputs, lambda: print(outputs["summary"]))
 
 

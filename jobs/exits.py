@@ -7,17 +7,21 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from pipelines.errors import Failed, Refused, UserError
+from pipelines.store import DamageError
 
 
 def end_process(verb: Callable[[], int | None]) -> NoReturn:
     """Run a verb and end the process: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted."""
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.filterwarnings("once", category=UserWarning)
+    warnings.showwarning = _warn
     code = 1
     try:
         code = _exit_code(verb)
@@ -44,8 +48,8 @@ def _exit_code(verb: Callable[[], int | None]) -> int:
         if "--json" in sys.argv:
             print(json.dumps(_plain(error), ensure_ascii=False, default=str), flush=True)
         return _say(f"refused: {error}", 3)
-    except Failed as error:
-        return _say(f"failed: {error}", 1)
+    except (Failed, DamageError) as error:
+        return _say(f"failed: {getattr(error, 'cause', None) or error}", 1)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except BrokenPipeError:
@@ -69,6 +73,19 @@ def _plain(refusal: Refused) -> dict[str, Any]:
 def _say(message: str, code: int) -> int:
     print(f"ddpm: {message}", file=sys.stderr)
     return code
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    # Ours and the user's concern; a library's notes to its own developers are not.
+    if issubclass(category, UserWarning):
+        _say(f"warning: {message}", 0)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -1,9 +1,12 @@
 """From the spec's words to the objects of `ddpm_core`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddpm_core import GaussianDiffusion, NoiseSchedule, UNet, UNetConfig
-from pipelines.spec import Diffusion, Spec
+from pipelines.sections import Data, Diffusion, Model
+
+if TYPE_CHECKING:
+    from pipelines.spec import Spec
 
 
 def build_schedule(diffusion: Diffusion) -> NoiseSchedule:
@@ -18,11 +21,10 @@ def build_process(diffusion: Diffusion) -> GaussianDiffusion:
     return GaussianDiffusion(build_schedule(diffusion), predict=diffusion.predict, variance=diffusion.variance)
 
 
-def build_model(spec: Spec) -> UNet:
-    """The U-Net of a spec, its weights initialised from the spec's seed."""
-    model = spec.model
-    config = UNetConfig(
-        image_channels=spec.data.channels,
+def build_config(model: Model, data: Data) -> UNetConfig:
+    """The U-Net's shape."""
+    return UNetConfig(
+        image_channels=data.channels,
         channels=tuple(model.channels),
         blocks=model.blocks,
         attention=tuple(model.attention),
@@ -31,6 +33,8 @@ def build_model(spec: Spec) -> UNet:
         dropout=model.dropout,
         groups=model.groups,
     )
-    unet = UNet(config)
-    unet.init_weights(spec.seed)
-    return unet
+
+
+def build_model(spec: "Spec") -> UNet:
+    """The U-Net of a spec, its weights initialised from the spec's seed."""
+    return UNet(build_config(spec.model, spec.data), spec.seed)

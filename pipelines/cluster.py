@@ -1,8 +1,10 @@
 """The Ray cluster that a verb runs on: started for it on this host, or joined.
 
-A local one listens on loopback only, keeps its files in a short temporary folder of its own (a socket's path may not
-exceed 107 characters, however deep the checkout lies) and takes a random token from the environment, so that no
-token file is written and no other user of the host can submit work to it. Leaving the block removes all of it.
+A local one's own ports listen on loopback only. (Torch's rendezvous of two or more training workers, which knows no
+other way, listens on every interface while they train.) It keeps its files in a short temporary folder of its own (a
+socket's path may not exceed 107 characters, however deep the checkout lies) and takes a random token from the
+environment, so that no token file is written and no other user of the host can submit work to it. Leaving the block
+removes all of it.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, one_line
 
 _PREFIX = "ddpm-"
 _OBJECT_STORE_BYTES = 256 * 2**20
@@ -59,12 +61,11 @@ class Cluster:
         return ray
 
     def check_cpus(self, field: str, need: int) -> None:
-        """UserError, naming the field, where no task of so many CPUs can ever run."""
-        have = self.cpus()
+        """UserError, naming the field, where no task of so many CPUs can ever run: it takes them on one host."""
+        nodes = [node for node in self.connect().nodes() if node["Alive"]]
+        have = int(max(node["Resources"].get("CPU", 0) for node in nodes))
         if need > have:
-            raise UserError(
-                f"{field}: {need} threads in one process need {need} CPUs, the cluster has {have}: lower it"
-            )
+            raise UserError(f"{field}: {need} threads need {need} CPUs of one host, the largest has {have}: lower it")
 
     def cpus(self) -> int:
         """CPUs of the whole cluster."""
@@ -93,8 +94,8 @@ def _joined(address: str) -> Iterator[None]:
 
     try:
         ray.init(address=address, **_QUIET)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-        raise UserError(f"ray.address: cannot join {address}: {str(error).splitlines()[0]}") from None
+    except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(f"ray.address: cannot join {address}: {one_line(error)}") from None
     try:
         yield
     finally:
@@ -122,8 +123,11 @@ def _local() -> Iterator[None]:
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     _remove_folders_of_the_dead()
     _stay_on_loopback()
+    temporary = os.environ.get("TMPDIR")
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_short_temporary_root())
     try:
+        # What Ray's own processes leave in the temporary folder is to go with ours.
+        os.environ["TMPDIR"] = folder
         ray.init(
             num_cpus=len(os.sched_getaffinity(0)),
             # Tune asks the dashboard's State API which trials are alive; without it, placement groups leak.
@@ -136,10 +140,19 @@ def _local() -> Iterator[None]:
             runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}", "TMPDIR": folder}},
             **_QUIET,
         )
+        _put_back("TMPDIR", temporary)
         yield
     finally:
+        _put_back("TMPDIR", temporary)
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_back(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 def _stay_on_loopback() -> None:

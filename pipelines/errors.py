@@ -4,6 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line of bearable length; its kind where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class UserError(ValueError):
     """Bad input: one line that names the field or file and the fix (exit code 2)."""
 

@@ -43,8 +43,8 @@ def apply_overrides(fields: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 def _warn_of_dropped(before: Any, after: Any, name: str) -> None:
     for part in name.split(".")[:-1]:
-        before, after = (before or {}).get(part), after[part]
-    dropped = sorted(set(before or {}) - set(after)) if isinstance(before, dict) else []
+        before, after = before.get(part) if isinstance(before, dict) else None, after[part]
+    dropped = sorted(set(before) - set(after)) if isinstance(before, dict) else []
     if dropped:
         warnings.warn(f"--set {name}: {', '.join(dropped)} belonged to the other kind and is dropped", stacklevel=3)
 

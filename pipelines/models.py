@@ -18,7 +18,7 @@ from pipelines.build import build_model, build_process
 from pipelines.errors import UserError
 from pipelines.fields import apply_overrides
 from pipelines.spec import Spec, parse_spec
-from pipelines.store import DamageError, Place, sha256
+from pipelines.store import DamageError, Place, identity, sha256
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA
 from pipelines.train.run import Run, find_run
@@ -40,8 +40,19 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """sha256 of the weights' file: the model's name wherever it goes."""
+        """sha256 of the weights' file: its name in every record of provenance."""
         return sha256(self.weights)
+
+    @property
+    def identity(self) -> str:
+        """What it draws, as a digest: the weights and all that says how they are used. Trained alike, models with
+        another variance of the reverse step, say, have the same weights and draw other images.
+        """
+        spec = self.spec
+        use = {"model": spec.model, "diffusion": spec.diffusion}
+        fields = {name: section.model_dump(mode="json") for name, section in use.items()}
+        size = {"image_size": spec.data.image_size, "channels": spec.data.channels}
+        return identity({"weights": self.digest, **fields, **size})
 
     def build(self) -> tuple[GaussianDiffusion, UNet]:
         """The process and the network, in evaluation mode."""

@@ -66,6 +66,7 @@ def _trajectory(spec: Spec, dataset: Dataset, model: Model) -> bytes:
         sampler=spec.sample.sampler,
         steps=spec.sample.steps,
         eta=spec.sample.eta,
+        spacing=spec.sample.spacing,
         callback=lambda index, t, x_t, x0: seen.append((t, x_t.clone())),
     )
     seen.append((0, final))

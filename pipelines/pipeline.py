@@ -100,7 +100,10 @@ def run_training(spec: Spec, session: Session) -> dict[str, Any]:
     """Ingest and train, or find both done; where the trained checkpoint is and what is in it."""
     steps = Steps(session.store / "steps", session.progress)
     dataset = Dataset.open(session.store / steps.run(ingest_step(spec, session)).outputs["dataset"])
-    return steps.run(train_step(spec, dataset, session)).outputs
+    done = steps.run(train_step(spec, dataset, session))
+    if done.skipped:  # MLflow may have been out of reach then, or be another one now
+        session.tracker.ship(Run(session.store / "runs" / done.outputs["run"]), spec, dataset, final=True)
+    return done.outputs
 
 
 def run_sweep(spec: Spec, session: Session) -> dict[str, Any]:
@@ -115,11 +118,13 @@ def run_sweep(spec: Spec, session: Session) -> dict[str, Any]:
 def register_finished(training: Run, session: Session) -> dict[str, Any]:
     """Evaluate, sample and register a run that has ended, by the spec recorded with it."""
     spec = training.spec()
+    if not training.checkpoints.verifies(spec.train.total_steps):
+        raise UserError(f"run {training.name}: its training has not ended; `ddpm train` its spec first")
     steps = Steps(session.store / "steps", session.progress)
     dataset = Dataset.open(session.store / steps.run(ingest_step(spec, session)).outputs["dataset"])
     if dataset.digest != training.description()["dataset_digest"]:
         raise UserError(f"run {training.name}: its data source has changed since, so it cannot be evaluated as it was")
-    model = of_checkpoint(training, training.last_step())
+    model = of_checkpoint(training, spec.train.total_steps)
     evaluated = steps.run(evaluate_step(spec, dataset, model, session))
     steps.run(sample_step(spec, dataset, model, training, session))
     return steps.run(register_step(spec, dataset, model, training, evaluated, session)).outputs
@@ -178,7 +183,7 @@ def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
 
 def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) -> Step:
     """The model meets images that it has not seen."""
-    from pipelines.evaluate.job import evaluate
+    from pipelines.evaluate.job import MEASURE, evaluate
 
     def work() -> dict[str, Any]:
         evaluation = evaluate(model, dataset, spec, session)
@@ -188,8 +193,9 @@ def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) 
         name="evaluate",
         version=1,
         inputs={
-            "model": model.digest,
+            "model": model.identity,
             "dataset": dataset.digest,
+            "measure": MEASURE,
             "evaluate": spec.evaluate.model_dump(mode="json"),
             "sampling": _sampling(spec),
             "seed": spec.seed,
@@ -202,7 +208,7 @@ def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) 
 def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, session: Session) -> Step:
     """Images in bulk, and the pictures of the run."""
     from pipelines.pictures import draw_pictures
-    from pipelines.sample import sample_spec
+    from pipelines.sample import holds_samples, sample_spec
 
     def work() -> dict[str, Any]:
         samples = sample_spec(model, spec, spec.sample.n, session)
@@ -212,7 +218,7 @@ def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, sessi
         return {"out": out, "n": samples.n, "sha256": samples.sha256, "pictures": pictures, "summary": summary}
 
     def needs(outputs: Mapping[str, Any]) -> bool:
-        if not (session.store / outputs["out"] / "manifest.json").exists():
+        if not holds_samples(session.store / outputs["out"], outputs["n"]):
             return False
         # A longer run, or other samplings of this one, may have drawn into the same folder since.
         return all(
@@ -223,7 +229,7 @@ def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, sessi
     return Step(
         name="sample",
         version=1,
-        inputs={"model": model.digest, "sampling": _sampling(spec), "n": spec.sample.n, "run": training.name},
+        inputs={"model": model.identity, "sampling": _sampling(spec), "n": spec.sample.n, "run": training.name},
         work=work,
         needs=needs,
         doing=f"{spec.sample.n:,} images by {spec.sample.steps} steps of {spec.sample.sampler}, the actors start",
@@ -244,14 +250,14 @@ def register_step(spec: Spec, dataset: Dataset, model: Model, training: Run, eva
         name="register",
         version=1,
         inputs={
-            "model": model.digest,
+            "model": model.identity,
             "name": spec.name,
             "sampling": _sampling(spec),
             "scores": scores["scores"],
             "tracking": session.tracking_uri,
         },
         work=work,
-        needs=lambda outputs: session.tracker.has_version(spec.name, outputs["version"], model.digest),
+        needs=lambda outputs: session.tracker.has_version(spec.name, outputs["version"], model.identity),
         doing=f"as {spec.name}",
     )
 

@@ -22,7 +22,7 @@ from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.store import DamageError, Place, check_writable, identity, sha256
 
-FORMAT = 1
+FORMAT = 2
 _CHUNK_RETRIES = 3
 _JOB, _MANIFEST, _LOCK = "job.json", "manifest.json", ".lock"
 
@@ -34,6 +34,7 @@ class Settings:
     sampler: str
     steps: int
     eta: float
+    spacing: str
     seed: int
     chunk: int
     threads: int
@@ -55,10 +56,13 @@ class Job:
 
     place: Place
     settings: Settings
+    model: str
+    """Identity of the model."""
     model_digest: str
 
     def record(self) -> dict[str, Any]:
-        return {"format": FORMAT, "model_digest": self.model_digest, **asdict(self.settings)}
+        model = {"model": self.model, "model_digest": self.model_digest}
+        return {"format": FORMAT, **model, **asdict(self.settings)}
 
     def check_place(self) -> None:
         """UserError where the place cannot be written, or holds another job or other files."""
@@ -89,14 +93,29 @@ class Job:
 
     def committed(self, chunk: int) -> int:
         """Images of a chunk that are committed; 0 where it is missing or its shard is not what was committed."""
+        record, shard = self._record_of(chunk), self.shard(chunk)
+        if record is None:
+            return 0
+        return record["count"] if shard.exists() and sha256(shard.read()) == record["sha256"] else 0
+
+    def holds(self, n: int) -> bool:
+        """Whether the first n images lie there, by their records and sizes: their bytes are verified when read."""
+        size = self.settings.chunk
+        for chunk in range(-(-n // size)):
+            record, shard = self._record_of(chunk), self.shard(chunk)
+            if record is None or record["count"] < min(size, n - chunk * size):
+                return False
+            if not shard.exists() or shard.path.stat().st_size != record["bytes"]:
+                return False
+        return True
+
+    def _record_of(self, chunk: int) -> dict[str, Any] | None:
+        """The commit record of a chunk of this very job."""
         try:
             record = self.commit_record(chunk).read_json()
         except FileNotFoundError:
-            return 0
-        if record["format"] != FORMAT or record["job"] != identity(self.record()):
-            return 0
-        shard = self.shard(chunk)
-        return record["count"] if shard.exists() and sha256(shard.read()) == record["sha256"] else 0
+            return None
+        return record if (record["format"], record["job"]) == (FORMAT, identity(self.record())) else None
 
     def read(self, n: int) -> Iterator[np.ndarray]:
         """The first n images in index order, chunk by chunk, uint8 [<=chunk, H, W, C], each shard verified."""
@@ -139,6 +158,7 @@ class _Artist:
                 sampler=settings.sampler,
                 steps=settings.steps,
                 eta=settings.eta,
+                spacing=settings.spacing,
             )
         )[:count]
         indices = indices[:count]
@@ -161,7 +181,7 @@ def sample_job(
     model: Model, settings: Settings, n: int, out: Place, cluster: Cluster, workers: int, progress: Progress
 ) -> Samples:
     """Make images 0..n-1 of a job in `out`; those that are there already are kept."""
-    job = Job(out, settings, model.digest)
+    job = Job(out, settings, model.identity, model.digest)
     job.check_place()
     with (out / _LOCK).lock(f"sampling into {out}"):
         job.claim()
@@ -186,17 +206,25 @@ def sample_spec(model: Model, spec: Spec, n: int, session: Session) -> Samples:
     """The first n images of the job that a spec describes, in the store's place for it."""
     fields = spec.sample.model_dump(exclude={"n", "workers"})
     settings = Settings(**fields)
-    name = f"{spec.name}-{identity([model.digest, fields])[:12]}"
+    name = f"{spec.name}-{identity([model.identity, fields])[:12]}"
     out = session.store / "samples" / name
     return sample_job(model, settings, n, out, session.cluster, spec.sample.workers, session.progress)
 
 
 def read_samples(samples: Samples, n: int) -> Iterator[np.ndarray]:
     """The first n images of a finished job, in index order, uint8 [<=chunk, H, W, C] at a time."""
-    place = Place.of(samples.out)
+    return _job_at(Place.of(samples.out)).read(n)
+
+
+def holds_samples(place: Place, n: int) -> bool:
+    """Whether a finished job lies in a place, with its first n images."""
+    return (place / _MANIFEST).exists() and _job_at(place).holds(n)
+
+
+def _job_at(place: Place) -> Job:
     record = (place / _JOB).read_json()
     settings = Settings(**{name: record[name] for name in Settings.__dataclass_fields__})
-    return Job(place, settings, record["model_digest"]).read(n)
+    return Job(place, settings, record["model"], record["model_digest"])
 
 
 def _missing(job: Job, n: int) -> list[tuple[int, int]]:

@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+"""Of a spec, its runs and its registered model: what is safe in paths, URIs and filters."""
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -142,6 +145,8 @@ class Sample(Section):
     sampler: Literal["ddim", "ancestral"] = "ddim"
     steps: PositiveInt = 50
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    spacing: Literal["trailing", "linspace", "leading"] = "trailing"
+    """Which of the timesteps are taken; "trailing" begins at the last one, where nothing but noise is left."""
     chunk: PositiveInt = 100
     """Images computed together; part of the job's identity."""
     workers: PositiveInt = 1
@@ -152,7 +157,7 @@ class Evaluate(Section):
     feature_width: Annotated[int, Field(ge=2, le=64)] = 64
     feature_epochs: PositiveInt = 30
     """Passes of the feature network over the training images."""
-    bits_images: PositiveInt = 256
+    bits_images: Annotated[int, Field(ge=2)] = 256
     """Held-out images whose bits/dim is estimated."""
     bits_timesteps: Annotated[int, Field(ge=2)] = 8
     """Timesteps evaluated for each of them."""

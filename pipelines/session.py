@@ -7,7 +7,7 @@ from pipelines.cluster import Cluster
 from pipelines.progress import Progress
 from pipelines.spec import Spec
 from pipelines.store import Place, check_writable
-from pipelines.tracking import Address, Tracker
+from pipelines.tracking import Address, Tracker, set_mlflow_up
 
 DEFAULT_STORE = "ddpm-store"
 
@@ -37,6 +37,7 @@ def open_session(
     tracking_uri: str | None = None,
 ) -> Session:
     """Resolve store and tracker once. UserError where a spec's store cannot be written."""
+    set_mlflow_up()
     store = Place.of(storage_of(spec, storage))
     if spec is not None:
         check_writable(store)

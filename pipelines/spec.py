@@ -17,6 +17,7 @@ from pipelines.errors import UserError
 from pipelines.fields import absolute_uri, apply_overrides, read_yaml
 from pipelines.mistakes import explain
 from pipelines.sections import (
+    NAME,
     Data,
     Diffusion,
     Evaluate,
@@ -32,7 +33,7 @@ from pipelines.sections import (
 
 
 class Spec(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    name: Annotated[str, Field(pattern=NAME, max_length=64)]
     """Also the name of the registered model."""
     seed: int = 0
     storage: str | None = None
@@ -146,11 +147,27 @@ def resolve_paths(spec: Spec) -> Spec:
 def parse_spec(fields: dict[str, Any], origin: str = "spec") -> Spec:
     """Validated spec of plain fields. UserError, in one line, names the first wrong field and the fix."""
     try:
-        return Spec.model_validate(fields)
+        spec = Spec.model_validate(fields)
     except pydantic.ValidationError as error:
         raise UserError(f"{origin}: {explain(error, Spec)}") from None
+    _check_buildable(spec, origin)
+    return spec
+
+
+def _check_buildable(spec: Spec, origin: str) -> None:
+    """What only the science knows: a schedule that cannot be, a combination that means nothing."""
+    from pipelines.build import build_config, build_process  # loads torch, which no earlier mistake has to wait for
+
+    for field, build in (
+        ("diffusion", lambda: build_process(spec.diffusion)),
+        ("model", lambda: build_config(spec.model, spec.data)),
+    ):
+        try:
+            build()
+        except (ValueError, ArithmeticError) as error:
+            raise UserError(f"{origin}: {field}: {error}") from None
 
 
 def dump_spec(spec: Spec) -> str:
     """A spec as YAML, complete: every default written out."""
-    return yaml.safe_dump(spec.model_dump(mode="json", exclude_none=True), sort_keys=False, width=110)
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, width=110)

@@ -17,8 +17,8 @@ from typing import Any
 
 from ddpm_core import noise
 from pipelines.data.manifest import Dataset
-from pipelines.errors import Failed, UserError
-from pipelines.evaluate.job import feature_net, held_out_bits, sampled_frechet
+from pipelines.errors import Failed, UserError, one_line
+from pipelines.evaluate.job import MEASURE, feature_net, held_out_bits, sampled_frechet
 from pipelines.fields import set_field
 from pipelines.models import of_checkpoint
 from pipelines.session import Session
@@ -52,7 +52,8 @@ class Trial:
     frechet: float | None
     """None where it was stopped early."""
     finished: bool
-    error: str | None = None
+    error: str | None
+    """Why it diverged, where it did."""
 
 
 def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
@@ -66,6 +67,7 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
         "trials": [trial.training_fields() for _, trial in trials],
         "images": spec.train.total_steps * spec.train.global_batch,
         "sweep": spec.sweep.model_dump(mode="json"),
+        "measure": MEASURE,
         "evaluate": spec.evaluate.model_dump(mode="json"),
         "sampling": spec.sample.model_dump(mode="json", exclude={"workers", "n"}),
         "tracking": session.tracking_uri,
@@ -116,7 +118,7 @@ def trial_specs(spec: Spec) -> list[tuple[dict[str, Any], Spec]]:
 
 
 def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Trial]:
-    """Train and score every trial; finished ones first, by bits/dim. Failed where a trial failed, or none finished."""
+    """Train and score every trial; finished ones first, by bits/dim. Failed where one broke off, or none finished."""
     assert spec.sweep is not None
     session.cluster.connect()
     from ray import tune
@@ -155,14 +157,18 @@ def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Tri
     shutil.rmtree((folder / "ray").path, ignore_errors=True)
     total = sum(trial.train.total_steps * trial.train.global_batch for _, trial in trials)
     results = _fit_and_watch(tuner, runs, total, session)
-    ranking = sorted((_outcome(result, trials) for result in results), key=_rank)
-    with session.tracker.tolerant("the sweep is not recorded there"):
-        _track(spec, dataset, session, name, trials, ranking)
     shutil.rmtree((folder / "ray").path, ignore_errors=True)
-    if failed := [trial for trial in ranking if trial.error]:
-        raise Failed(f"{len(failed)} of {len(ranking)} trials failed, {words(failed[0].parameters)}: {failed[0].error}")
+    if crashed := [str(result.error).splitlines()[-1] for result in results if result.error]:
+        raise Failed(f"{len(crashed)} of {len(trials)} trials broke off, run the sweep again: {crashed[0]}")
+    ranking = sorted((_outcome(result, trials) for result in results), key=_rank)
     if not ranking[0].finished:
-        raise Failed("no trial finished: all were stopped early; raise sweep.early_stop.grace_images")
+        how = ranking[0].error or "all were stopped early; raise sweep.early_stop.grace_images"
+        raise Failed(f"no trial finished: {how}")
+    try:
+        _track(spec, dataset, session, name, trials, ranking)
+    except Exception as error:
+        # Not done, then: the trials are trained, so that running it again takes little more than to record it.
+        raise Failed(f"the trials are done, but MLflow does not take them ({one_line(error)}): sweep again") from error
     return ranking
 
 
@@ -191,20 +197,29 @@ def _trial(config: Mapping[str, Any]) -> None:
     spec = parse_spec(config["trial"])
     dataset, store = Dataset.open(Place.of(config["dataset"])), Place.of(config["store"])
     run = Run.of(spec, dataset.digest, store)
-    if spec.train.workers == 1:
+    try:
         with run.driving():
-            train(spec, dataset, run, at_checkpoint=_report)
-    else:
-        from ray.tune.integration.ray_train import TuneReportCallback
-
-        with run.driving():
-            fit(spec, dataset, run, callbacks=[TuneReportCallback()], at_checkpoint=_report_from_worker)
+            _train(spec, dataset, run)
+    except Failed as diverged:  # a result, and the same one however often it is tried
+        images = (run.checkpoints.latest_step() or 0) * spec.train.global_batch
+        _tune_report({CLOCK: images, METRIC: math.inf, "finished": 0, "diverged": str(diverged)})
+        return
+    run.checkpoints.pin(spec.train.total_steps)
     model = of_checkpoint(run, spec.train.total_steps)
     bits = held_out_bits(model, dataset, spec)
     frechet = sampled_frechet(model, dataset, spec, store, config["frechet_images"])
     _tune_report(
         {CLOCK: spec.train.total_steps * spec.train.global_batch, METRIC: bits, "frechet": frechet, "finished": 1}
     )
+
+
+def _train(spec: Spec, dataset: Dataset, run: Run) -> None:
+    if spec.train.workers == 1:
+        train(spec, dataset, run, at_checkpoint=_report)
+    else:
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+        fit(spec, dataset, run, callbacks=[TuneReportCallback()], at_checkpoint=_report_from_worker)
 
 
 def _report(trainer: Trainer) -> None:
@@ -225,7 +240,7 @@ def _figures(trainer: Trainer) -> dict[str, float]:
     return {CLOCK: trainer.images, METRIC: bits, "finished": 0}
 
 
-def _tune_report(figures: Mapping[str, float]) -> None:
+def _tune_report(figures: Mapping[str, Any]) -> None:
     from ray import tune
 
     tune.report(dict(figures))
@@ -302,7 +317,7 @@ def _outcome(result: Any, trials: Sequence[tuple[dict[str, Any], Spec]]) -> Tria
         bits_per_dim=float(metrics.get(METRIC, math.inf)),
         frechet=metrics.get("frechet"),
         finished=bool(metrics.get("finished")),
-        error=str(result.error).splitlines()[-1] if result.error else None,
+        error=metrics.get("diverged"),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.manifest import Dataset
-from pipelines.errors import UserError
+from pipelines.errors import UserError, one_line
 from pipelines.fields import absolute_uri
 from pipelines.spec import Spec
 from pipelines.store import Place
@@ -25,12 +25,19 @@ from pipelines.train.run import Run, environment
 _RECORD = "tracking.json"
 _BATCH = 1000
 """Most metrics of one request, by MLflow's own limit."""
-_REQUEST_SETTINGS = {
+_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+
+def set_mlflow_up() -> None:
+    """Our settings of MLflow, which reads them when it is imported; those of the surroundings win."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,7 @@ class Tracker:
 
     def client(self) -> Any:
         """An MLflow client of this address; the database of a local one is made at the first use."""
-        for name, value in _REQUEST_SETTINGS.items():
-            os.environ.setdefault(name, value)
+        set_mlflow_up()
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -131,9 +137,11 @@ class Tracker:
         sends that interval again, whole.
         """
         steps, every = run.checkpoints.steps(), spec.train.log_every
-        known = _records(run).get(self.address.uri)
-        done = known["shipped_step"] if known else 0
+        known = _records(run).get(self.address.uri, {"shipped_step": 0})
+        done = known["shipped_step"]
         if not steps or (steps[-1] <= done and not final):
+            return
+        if known.get("ended_step") == steps[-1] and self.still_there():
             return
         with self.tolerant("metrics kept back"):
             run_id = self.run_id(run, spec, dataset)
@@ -147,6 +155,7 @@ class Tracker:
             _remember(run, {**records, self.address.uri: record})
             if final:
                 client.set_terminated(run_id)
+                _remember(run, {**records, self.address.uri: {**record, "ended_step": steps[-1]}})
 
     def pictures(self, run_id: str, pictures: Mapping[str, bytes]) -> None:
         """Attach PNG files."""
@@ -171,8 +180,8 @@ class Tracker:
         local = self.address.uri.removeprefix("sqlite:///")
         return local == self.address.uri or Path(local).exists()
 
-    def has_version(self, name: str, version: int, model_digest: str) -> bool:
-        """Whether the registry holds this version, of this model."""
+    def has_version(self, name: str, version: int, model: str) -> bool:
+        """Whether the registry holds this version, of the model of this identity."""
         from mlflow.exceptions import MlflowException
 
         if not self.still_there():
@@ -183,7 +192,7 @@ class Tracker:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return False
             raise
-        return found.tags.get("model_digest") == model_digest
+        return found.tags.get("model") == model
 
     def champion(self, name: str) -> int | None:
         """The version that has the alias `champion`, if there is one."""
@@ -222,8 +231,7 @@ class _Tolerant:
         if not isinstance(error, Exception):
             return False
         if not self._tracker._down:
-            message = str(error).splitlines()[0][:200]
-            warnings.warn(f"MLflow does not answer, {self._consequence}: {message}", stacklevel=2)
+            warnings.warn(f"MLflow does not answer, {self._consequence}: {one_line(error)}", stacklevel=2)
             self._tracker._down = True
         return True
 

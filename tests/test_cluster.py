@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -38,8 +39,17 @@ def test_its_folder_is_closed_to_others_and_no_token_file_is_written(cluster: Cl
 
 
 def test_what_can_never_run_is_refused_by_its_field(cluster: Cluster) -> None:
-    with pytest.raises(UserError, match=r"^sample\.threads: .* the cluster has"):
+    with pytest.raises(UserError, match=r"^sample\.threads: .* the largest has"):
         cluster.check_cpus("sample.threads", cluster.cpus() + 1)
+
+
+def test_a_task_takes_its_cpus_on_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": alive, "Resources": {"CPU": cpus}} for alive, cpus in ((True, 1), (True, 1), (False, 8))]
+    cluster = Cluster(None)
+    monkeypatch.setattr(cluster, "connect", lambda: SimpleNamespace(nodes=lambda: nodes))
+    cluster.check_cpus("sample.threads", 1)
+    with pytest.raises(UserError, match="the largest has 1"):
+        cluster.check_cpus("sample.threads", 2)
 
 
 def test_a_process_that_had_imported_ray_gets_tokens_and_loopback_too() -> None:

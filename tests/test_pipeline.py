@@ -21,7 +21,7 @@ from pipelines.cluster import Cluster
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Refused, UserError
 from pipelines.models import Model, find_model, of_checkpoint
-from pipelines.pipeline import Result, run, run_training
+from pipelines.pipeline import Result, register_finished, run, run_training
 from pipelines.progress import Progress
 from pipelines.registry.register import list_models
 from pipelines.session import Session, open_session
@@ -164,6 +164,37 @@ def test_the_registered_model_predicts_through_mlflow(result: Result, shared: Se
     assert images.shape == (3, 8, 8, 1)
     assert images.dtype == np.uint8
     assert not np.array_equal(images[0], images[1])
+
+
+def test_images_that_are_gone_are_drawn_again(result: Result, shared: Session) -> None:
+    for shard in Path(result.samples["out"]).glob("*.tar"):
+        shard.unlink()
+    again = run(SPEC, shared)
+    assert again.steps_done == ["sample"]
+    assert again.samples["sha256"] == result.samples["sha256"]
+
+
+def test_a_finished_run_is_sent_to_a_tracker_that_has_not_got_it(
+    result: Result, shared: Session, tmp_path: Path
+) -> None:
+    other = open_session(shared.cluster, Progress(), SPEC, str(shared.store), f"sqlite:///{tmp_path / 'other.db'}")
+    assert run_training(SPEC, other)["run"] == result.run
+    client = other.tracker.client()
+    (sent,) = client.search_runs([client.get_experiment_by_name("ddpm").experiment_id])
+    assert [m.step for m in client.get_metric_history(sent.info.run_id, "loss")] == list(range(2, 21, 2))
+    assert sent.info.status == "FINISHED"
+
+
+def test_an_unfinished_run_is_not_registered(result: Result, shared: Session) -> None:
+    done = Run(shared.store / "runs" / result.run)
+    further = tiny_spec(train__workers=2, train__images=1280)
+    done.describe(further, done.description()["dataset_digest"])
+    try:
+        with pytest.raises(UserError, match="its training has not ended"):
+            register_finished(done, shared)
+    finally:
+        done.describe(SPEC, done.description()["dataset_digest"])
+    assert register_finished(done, shared)["version"] == result.version
 
 
 def test_scores_carry_their_provenance(result: Result) -> None:

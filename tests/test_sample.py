@@ -21,7 +21,7 @@ from pipelines.spec import Spec
 from pipelines.store import Place
 from tests.conftest import tiny_spec
 
-SETTINGS = Settings(sampler="ddim", steps=4, eta=0.5, seed=3, chunk=16, threads=1)
+SETTINGS = Settings(sampler="ddim", steps=4, eta=0.5, spacing="trailing", seed=3, chunk=16, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,12 @@ def test_presets_are_valid(path: Path) -> None:
     assert parse_spec(yaml.safe_load(dump_spec(spec))) == spec
 
 
+def test_a_written_spec_is_the_spec_also_where_nothing_is_meant() -> None:
+    """Left out, `grad_clip` is 1: no clipping has to be said."""
+    spec = tiny_spec(train__grad_clip=None)
+    assert parse_spec(yaml.safe_load(dump_spec(spec))) == spec
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -35,6 +41,12 @@ def test_presets_are_valid(path: Path) -> None:
         ("sample={sampler: ancestral, eta: 0.5}", "sample.eta: belongs to the ddim sampler"),
         ("model.groups=5", "model.groups: 5 does not divide 16"),
         ("train.grad_clip=.inf", "train.grad_clip: "),
+        ("train.images.x.y=1", "train.images: "),
+        ("evaluate.bits_images=1", "evaluate.bits_images: "),
+        ("diffusion.schedule={kind: sigmoid, start: 3.0, end: -3.0}", "diffusion: start < end and tau > 0"),
+        ("diffusion={timesteps: 1000, schedule: {kind: linear, beta_end: 0.95}}", "diffusion: alpha_bar must fall"),
+        ("diffusion.schedule={kind: cosine, s: 1.0e+300}", "diffusion: "),
+        ("model={channels: [7, 7], groups: 7}", "model: the first entry of channels must be even"),
         ("diffusion.schedule.kind=bent", "diffusion.schedule.kind: there is no 'bent': choose one of linear, "),
         ("diffusion.schedule.kind=cosin", "diffusion.schedule.kind: there is no 'cosin': did you mean cosine?"),
         ("diffusion.predict=epsilon", "diffusion.predict: there is no 'epsilon': did you mean eps?"),

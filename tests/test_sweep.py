@@ -97,6 +97,16 @@ def test_an_early_stop_of_a_group_frees_its_place(cluster: Cluster, session: Ses
     assert unsettled(cluster) == ""
 
 
+def test_a_trial_that_diverges_is_ranked_last_with_the_reason(session: Session) -> None:
+    spec = sweep_spec({"train.learning_rate": [1e30, GOOD]}, {"grad_clip": None})
+    good, diverged = run_sweep(spec, session)["ranking"]
+    assert good["parameters"] == {"train.learning_rate": GOOD}
+    assert (good["error"], diverged["finished"]) == (None, False)
+    assert "diverged" in diverged["error"]
+    run = Run(session.store / "runs" / good["run"])
+    assert "60" in (run.checkpoints.place / "pins").list(), "a longer run must not thin out the trial's end"
+
+
 def test_random_trials_are_distinct_points_keyed_by_the_seed() -> None:
     parameters = {"diffusion.timesteps": [10, 20, 30], "train.learning_rate": [0.1, 0.2, 0.3]}
     drawn = [p for p, _ in trial_specs(sweep_spec(parameters, search="random", trials=5))]

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -186,15 +187,23 @@ def _image_files(root: Path) -> tuple[str, ...]:
     def refuse(error: OSError) -> None:
         raise UserError(f"data.source: {error.filename} cannot be read ({error.strerror}); change its permissions")
 
-    files = []
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    files, passed_over = [], 0
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        here = Path(folder).resolve()
+        # A link to where it lies, or to above, would never end.
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".") and not here.is_relative_to((Path(folder) / name).resolve())
+        ]
         below = Path(folder).relative_to(root)
         files += [
             (below / name).as_posix()
             for name in names
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in _FORMATS
         ]
+        passed_over += sum(not name.startswith(".") for name in names)
+    passed_over -= len(files)
     if not files:
         raise UserError(f"data.source: no image in {root}; files ending in {', '.join(_FORMATS)} are looked for")
     for file in files:
@@ -202,6 +211,12 @@ def _image_files(root: Path) -> tuple[str, ...]:
             file.encode()
         except UnicodeEncodeError:
             raise UserError(f"data.source: the name {root}/{file!a} is not valid UTF-8; rename it") from None
+    if passed_over:
+        warnings.warn(
+            f"data.source: {passed_over:,} files in {root} are passed over, whose names do not end in "
+            f"{', '.join(_FORMATS)}",
+            stacklevel=3,
+        )
     return tuple(sorted(files))
 
 

@@ -10,7 +10,7 @@ from pipelines.data.manifest import Dataset
 from pipelines.data.pixels import to_pixels
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
-from pipelines.evaluate.evaluate import bits_score, estimate_bits, frechet_score
+from pipelines.evaluate.evaluate import REPLICATES, SPLITS, bits_score, estimate_bits, frechet_score
 from pipelines.evaluate.features import FORMAT as FEATURES_FORMAT
 from pipelines.evaluate.features import FeatureNet, train_feature_net
 from pipelines.evaluate.frechet import generator
@@ -24,6 +24,10 @@ from pipelines.store import Place, identity
 _BITS_BATCH = 64
 _FEATURE_SEED = 0
 """Not the run's: scores of runs that differ in their seed are to be compared, so in the same features."""
+
+MEASURE = {"features": FEATURES_FORMAT, "feature_seed": _FEATURE_SEED, "splits": SPLITS, "replicates": REPLICATES}
+"""What scores depend on beside the spec, the model and the data; with it in their key, old ones are not taken for new.
+"""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
         "sampler": spec.sample.sampler,
         "steps": spec.sample.steps,
         "eta": spec.sample.eta,
+        "spacing": spec.sample.spacing,
         "sample_seed": spec.sample.seed,
     }
     frechet = frechet_score(net, pixels, held_out, seed=spec.seed, provenance=provenance)
@@ -116,7 +121,14 @@ def sampled_frechet(model: Model, dataset: Dataset, spec: Spec, store: Place, n:
     for start in range(0, n, spec.sample.chunk):
         seeds = [noise.key(spec.sample.seed, "image", i) for i in range(start, start + spec.sample.chunk)]
         images = sample(
-            process, unet, shape, seeds, sampler=spec.sample.sampler, steps=spec.sample.steps, eta=spec.sample.eta
+            process,
+            unet,
+            shape,
+            seeds,
+            sampler=spec.sample.sampler,
+            steps=spec.sample.steps,
+            eta=spec.sample.eta,
+            spacing=spec.sample.spacing,
         )
         drawn.append(to_pixels(images))
     score = frechet_score(net, np.concatenate(drawn)[:n], held_out, seed=spec.seed, provenance={})

@@ -33,7 +33,7 @@ class Sampler(PythonModel):
         seeds = [int(seed) for seed in model_input["seed"]]
         images = sample(
             process, unet, shape=shape, seeds=seeds, sampler=spec.sample.sampler, steps=spec.sample.steps,
-            eta=spec.sample.eta,
+            eta=spec.sample.eta, spacing=spec.sample.spacing,
         )  # fmt: skip
         return to_pixels(images)
 

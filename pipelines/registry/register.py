@@ -7,6 +7,7 @@ from and what evidence it carries.
 import contextlib
 import io
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.models import CONFIG, WEIGHTS, Model, dump_config
+from pipelines.sections import NAME
 
 CHAMPION = "champion"
 _REQUIREMENTS = ("torch", "safetensors", "numpy", "pyyaml", "pydantic")
@@ -51,7 +53,7 @@ def register(model: Model, name: str, run_id: str, tracking_uri: str, tags: Mapp
         )
     registry = client(tracking_uri)
     version = int(info.registered_model_version)
-    for key, value in {**tags, "model_digest": model.digest, "origin": model.origin}.items():
+    for key, value in {**tags, "model": model.identity, "model_digest": model.digest, "origin": model.origin}.items():
         registry.set_model_version_tag(name, str(version), key, value)
     return version
 
@@ -87,7 +89,7 @@ def list_models(tracking_uri: str, name: str | None = None) -> list[dict[str, An
     """Registered models with their versions, tags and aliases, as plain values."""
     registry = client(tracking_uri)
     models = []
-    for registered in _registered(registry, name):
+    for registered in _registered(registry, name) if name is None or re.fullmatch(NAME, name) else ():
         aliases = registered.aliases
         versions = [
             {

@@ -104,6 +104,10 @@ class Checkpoints:
                 warnings.warn(f"checkpoint {step} is damaged and passed over: {error}", stacklevel=2)
         return None
 
+    def environment(self, step: int) -> dict[str, Any]:
+        """What a step's checkpoint was computed on."""
+        return json.loads(self.at(step).read_folder(STATE)[STATE])["environment"]
+
     def verifies(self, step: int) -> bool:
         """Whether a step's checkpoint is there and every file of it is what was written."""
         try:

@@ -7,7 +7,7 @@ thread reads the run's folder meanwhile: how far it is, and which rows of the jo
 import functools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipelines.store import Place
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA, MODEL
 from pipelines.train.loop import LIVE, Hook, World, train_from_config
-from pipelines.train.run import Run
+from pipelines.train.run import Run, environment
 
 MAX_WORKER_FAILURES = 5
 """Times the workers may die before the run gives up."""
@@ -51,6 +51,7 @@ def train(
     run = Run.of(spec, dataset.digest, store)
     if (done := trained(run, spec)) is not None:
         run.checkpoints.pin(done.step)
+        tracker.ship(run, spec, dataset, final=True)
         return done
     further = [step for step in run.checkpoints.steps() if step > spec.train.total_steps]
     if further:
@@ -63,6 +64,7 @@ def train(
         # Workers look again; here, a damaged one is named where the user reads it.
         if (step := run.checkpoints.latest_step()) is not None:
             progress.say(f"run {run.name} goes on from step {step:,}")
+            _say_what_changed(run.checkpoints.environment(step), progress)
         _check_resources(spec, cluster)
         tracker.start(run, spec, dataset)
         _fit_and_watch(spec, dataset, run, tracker, progress)
@@ -88,6 +90,14 @@ def trained(run: Run, spec: Spec) -> Trained | None:
         model_sha256=digests[MODEL],
         ema_sha256=digests[EMA],
     )
+
+
+def _say_what_changed(then: Mapping[str, Any], progress: Progress) -> None:
+    """One line where the run goes on in surroundings on which its bits may depend."""
+    now = environment()
+    changed = [f"{name} {then.get(name)} is {now[name]} now" for name in now if then.get(name) != now[name]]
+    if changed:
+        progress.say(f"warning: the bits may differ from an unbroken run's: {', '.join(changed)}")
 
 
 def _check_resources(spec: Spec, cluster: Cluster) -> None:
@@ -193,7 +203,7 @@ def _worker(config: dict[str, Any], at_checkpoint: Hook | None) -> str | None:
     world = World(context.get_world_rank(), context.get_world_size())
     try:
         train_from_config(config, world, at_checkpoint)
-    except Failed as error:
+    except (Failed, ValueError) as error:
         # Not raised: Ray would start the group again, which would meet the same bits again.
         return str(error)
     return None

@@ -75,11 +75,11 @@ class Run:
         return number
 
     def last_step(self) -> int:
-        """Step of the last checkpoint. UserError where there is none."""
-        steps = self.checkpoints.steps()
-        if not steps:
-            raise UserError(f"run {self.name}: it has no checkpoint yet")
-        return steps[-1]
+        """Step of the last checkpoint that verifies. UserError where there is none."""
+        step = self.checkpoints.latest_step()
+        if step is None:
+            raise UserError(f"run {self.name}: it has no checkpoint yet, or none that is whole")
+        return step
 
     def newest_attempt(self) -> int:
         """The highest number claimed; 0 before the first."""

@@ -42,7 +42,8 @@ def test_folder_is_sorted_and_labelled(pictures: Path) -> None:
     (pictures / ".hidden.png").write_bytes(b"")
     (pictures / "cat" / "deeper").mkdir()
     Image.new("L", (5, 5)).save(pictures / "cat" / "deeper" / "z.bmp")
-    source = open_source(str(pictures))
+    with pytest.warns(UserWarning, match="1 files"):
+        source = open_source(str(pictures))
     titles = [source.title(i) for i in range(len(source))]
     assert len(titles) == 42
     assert titles == sorted(titles)
@@ -50,6 +51,18 @@ def test_folder_is_sorted_and_labelled(pictures: Path) -> None:
     labels = {title: source.label(i) for i, title in enumerate(titles)}
     assert (labels["cat/000.png"], labels["dog/001.png"], labels["cat/deeper/z.bmp"]) == (0, 1, 0)
     assert labels["stray.JPG"] == NO_LABEL
+
+
+def test_links_are_followed_but_not_in_circles_and_other_files_are_counted(pictures: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (pictures / "cat").rename(elsewhere)
+    (pictures / "cat").symlink_to(elsewhere)
+    (pictures / "dog" / "again").symlink_to(pictures)
+    (pictures / "dog" / "scan.tif").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"1 files in .* are passed over"):
+        source = open_source(str(pictures))
+    assert source.classes == ("cat", "dog")
+    assert len(source) == 40
 
 
 def test_fingerprint_follows_the_files(pictures: Path) -> None:

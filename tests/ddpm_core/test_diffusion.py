@@ -173,9 +173,9 @@ def test_bad_timesteps(t: list[float], said: str) -> None:
 
 
 def test_bad_choices() -> None:
-    with pytest.raises(ValueError, match="eps, x0, v, not 'epsilon'"):
+    with pytest.raises(ValueError, match="eps, x0, v, mean, not 'epsilon'"):
         GaussianDiffusion(LINEAR, predict="epsilon")
-    with pytest.raises(ValueError, match="small, large, not 'medium'"):
+    with pytest.raises(ValueError, match="small, large, learned_range, not 'medium'"):
         GaussianDiffusion(LINEAR, variance="medium")
 
 

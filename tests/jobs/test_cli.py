@@ -81,6 +81,16 @@ def test_verbs_that_only_read_make_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_field_that_has_an_option_of_its_own_is_not_silently_without_effect(tmp_path: Path) -> None:
+    done = ddpm("sample", "tiny-1", "--out", "out", "--set", "sample.n=5", cwd=tmp_path)
+    assert_refused(done, "sample.n=5", "--n")
+
+
+def test_addresses_and_names_that_cannot_be(tmp_path: Path) -> None:
+    write_spec(tmp_path / "spec.yaml")
+    assert_refused(ddpm("train", "spec.yaml", "--set", "ray.address=foo", cwd=tmp_path), "ray.address", "foo")
+
+
 def test_more_than_the_cluster_has_is_refused_before_anything_starts(tmp_path: Path, ray_address: str) -> None:
     write_spec(tmp_path / "spec.yaml", train__workers=16, train__slots=16, train__global_batch=64)
     done = ddpm("train", "spec.yaml", "--set", f"ray.address={ray_address}", cwd=tmp_path)

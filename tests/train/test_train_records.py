@@ -9,6 +9,7 @@ from pipelines.errors import UserError
 from pipelines.store import Place
 from pipelines.train.checkpoint import Checkpoint, Checkpoints
 from pipelines.train.journal import Journal, Row
+from pipelines.train.run import Run
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -56,6 +57,18 @@ def test_a_damaged_later_checkpoint_does_not_cost_the_fresh_one(tmp_path: Path) 
         assert checkpoints.latest_step() == 5
     assert not checkpoints.verifies(20)
     assert checkpoints.verifies(5)
+
+
+def test_the_last_step_of_a_run_is_one_that_verifies(tmp_path: Path) -> None:
+    run = Run(Place.of(tmp_path))
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        run.last_step()
+    for step in (5, 10):
+        run.checkpoints.save(checkpoint(step), keep=2)
+    with open(tmp_path / "checkpoints" / "000000010" / "ema.safetensors", "ab") as file:
+        file.write(b"!")
+    with pytest.warns(UserWarning, match="checkpoint 10 is damaged"):
+        assert run.last_step() == 5
 
 
 def test_a_pinned_checkpoint_outlives_thinning(tmp_path: Path) -> None:
