@@ -1,3 +1,5 @@
+import hashlib
+
 import pytest
 import torch
 from scipy import stats
@@ -43,6 +45,58 @@ def test_bits_are_philox() -> None:
         for row, key in zip(words.tolist(), keys, strict=True):
             blocks = [philox((block, counter, 0, 0), (key & MASK, key >> 32)) for block in range(3)]
             assert row == [word for block in blocks for word in block][:11]
+
+
+def sha256(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()[:32]
+
+
+def test_the_same_numbers_for_ever() -> None:
+    """Golden: written down from the first implementation, which made one counter at a time. Runs depend on them."""
+    keys = [*(noise.key(3, "golden", i) for i in range(37)), 0, 2**63, 2**64 - 1]
+    assert sha256(noise.bits(keys, 101, counter=5)) == "85de542e75532f2e6ec42584890838de"
+    assert sha256(noise.bits(keys[:1], 70_001, counter=MASK)) == "6bc481801a067ffb6053127fd2089a82"
+    assert sha256(noise.normal(keys, (1, 8, 8), counter=99)) == "1bda699ef39666e151d669be877dff0f"
+    assert sha256(noise.normal(keys, (3, 28, 28))) == "eb34ede8175a216974dd14819453e48d"
+    assert sha256(noise.normal(keys, (3, 5), counter=1)) == "6386495bac8a0c1078d26c8c2afc6716"
+    assert sha256(noise.normal(keys[:1], (70_001,))) == "04f4adb2105720a47390bf10fed6c2c4"
+    assert sha256(noise.uniform(keys, 10, counter=3)) == "45a7a18b9bf9bb11bc44930825b34993"
+    assert sha256(noise.integers(keys, 10, 1, 1000, counter=4)) == "47fe0a921e0d137998e66b6e336677e4"
+
+
+@pytest.mark.parametrize("blocks_at_a_time", [1, 3, 7, 2**14])
+def test_parts_and_counters_made_together_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, blocks_at_a_time: int
+) -> None:
+    keys = [noise.key(0, "parts", i) for i in range(5)]
+    counters = [0, 7, 2, MASK]
+    for shape in [(1, 4, 4), (3, 3), (2,), ()]:
+        alone = torch.stack([noise.normal(keys, shape, counter) for counter in counters])
+        with monkeypatch.context() as patch:
+            patch.setattr(noise, "_CPU_BLOCKS", blocks_at_a_time)
+            together = noise.normals(keys, shape, counters)
+        assert together.is_contiguous()
+        assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("blocks_at_a_time", [1, 40, 2**14])
+def test_draws_are_normal_of_each_counter(monkeypatch: pytest.MonkeyPatch, blocks_at_a_time: int) -> None:
+    keys = [noise.key(0, "draws", i) for i in range(3)]
+    monkeypatch.setattr(noise, "_CPU_BLOCKS", blocks_at_a_time)
+    draws = noise.Draws(keys, (1, 4, 4), 10)
+    for counter in [*range(10), 3, 3, 8, 0]:
+        assert torch.equal(draws[counter], noise.normal(keys, (1, 4, 4), counter))
+    assert len(list(draws)) == 10  # the old protocol: indices from 0 to an IndexError
+    for counter in (-1, 10):
+        with pytest.raises(IndexError, match=f"0..9, not {counter}"):
+            draws[counter]
+
+
+def test_no_keys_or_no_numbers_make_empty_tensors() -> None:
+    assert noise.normal([], (2, 3)).shape == (0, 2, 3)
+    assert noise.normals([1], (0, 3), [0, 1]).shape == (2, 1, 0, 3)
+    assert noise.normals([1], (3,), []).shape == (0, 1, 3)
+    assert noise.bits([1], 0).shape == (1, 0)
 
 
 def test_rows_stand_alone_and_start_the_same_at_any_length() -> None:
@@ -97,3 +151,9 @@ def test_keys_never_meet() -> None:
 def test_counter_out_of_range(counter: int) -> None:
     with pytest.raises(ValueError, match="counter"):
         noise.bits([1], 4, counter)
+
+
+@pytest.mark.parametrize("key", [-1, 2**64])
+def test_key_out_of_range(key: int) -> None:
+    with pytest.raises(ValueError, match="keys must be in"):
+        noise.normal([1, key], (4,))
