@@ -6,7 +6,6 @@ every result is kept; on the way up each block takes the matching one as extra c
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self, cast
 
@@ -15,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_core import noise
-
-GROUP_NORM_EPS = 1e-5
+from ddpm_core.unet_blocks import Attention, Downsample, Level, NormAct, ResidualBlock, Upsample, time_embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +35,24 @@ class UNetConfig:
     dropout: float = 0.0
     groups: int = 32
     """Groups of each normalisation; must divide every entry of `channels`."""
+    num_classes: int | None = None
+    """Classes that images can be asked of; None for a network that knows none."""
+    null_class: bool = True
+    """Whether, beside the classes, label `num_classes` stands for none of them, which classifier-free guidance needs
+    (Ho and Salimans 2022). Means nothing without `num_classes`."""
+    learned_variance: bool = False
+    """Twice the output channels: what is predicted, then what chooses the variance (Nichol and Dhariwal 2021,
+    section 3.1)."""
+
+    # Where networks trained by others differ. DDPM's own code has 1e-6, True, 1 and True here.
+    norm_eps: float = 1e-5
+    """Added to the variance in each normalisation."""
+    time_sine_first: bool = False
+    """Sines before cosines in the time embedding."""
+    time_frequency_shift: int = 0
+    """See `time_embedding`."""
+    asymmetric_downsample: bool = False
+    """Zeros to the right and at the bottom only before each strided convolution, instead of all around."""
 
     def __post_init__(self) -> None:
         # A config read from JSON or YAML has lists.
@@ -56,6 +72,24 @@ class UNetConfig:
             attended = [self.channels[i] for i in self.attention] + [self.channels[-1]] * self.mid_attention
             if self.head_channels < 1 or any(c % self.head_channels for c in attended):
                 raise ValueError(f"head_channels ({self.head_channels}) must divide the attended channels {attended}")
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"num_classes must be 1 or more, or None, not {self.num_classes}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps must be above 0, not {self.norm_eps}")
+        if not 0 <= self.time_frequency_shift < self.channels[0] // 2:
+            raise ValueError(
+                "time_frequency_shift must be 0 or more and below half of the first entry of channels "
+                f"({self.channels[0]}), not {self.time_frequency_shift}"
+            )
+
+    @property
+    def label_count(self) -> int:
+        """How many labels the network tells apart, the null class included; 0 without classes."""
+        return 0 if self.num_classes is None else self.num_classes + self.null_class
+
+    @property
+    def output_channels(self) -> int:
+        return self.image_channels * (2 if self.learned_variance else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON or YAML."""
@@ -70,109 +104,6 @@ class UNetConfig:
         return cls(**values)
 
 
-class NormAct(nn.GroupNorm):
-    """silu(group_norm(x + shift)): the seam behind which a fused kernel can stand."""
-
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """x [N, C, H, W]; shift [N, C] is added to every pixel."""
-        if shift is not None:
-            x = x + shift[:, :, None, None]
-        return F.silu(super().forward(x))
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for [N, heads, tokens, D]: the seam for a faster attention."""
-    return F.scaled_dot_product_attention(query, key, value)
-
-
-class Attention(nn.Module):
-    """Self-attention over the pixels, added to its input."""
-
-    def __init__(self, channels: int, heads: int, groups: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.GroupNorm(groups, channels, eps=GROUP_NORM_EPS)
-        self.query = nn.Linear(channels, channels)
-        self.key = nn.Linear(channels, channels)
-        self.value = nn.Linear(channels, channels)
-        self.out = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, channels, height, width = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N, H W, C]
-
-        def heads(projection: nn.Linear) -> Tensor:
-            return projection(tokens).view(n, height * width, self.heads, -1).transpose(1, 2)
-
-        mixed = attend(heads(self.query), heads(self.key), heads(self.value))
-        mixed = self.out(mixed.transpose(1, 2).reshape(n, height * width, channels))
-        return x + mixed.transpose(1, 2).view_as(x)
-
-
-class ResidualBlock(nn.Module):
-    """Two normalised, activated convolutions around a shift by the time; the input is added back."""
-
-    def __init__(self, channels_in: int, channels_out: int, time_channels: int, groups: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1 = NormAct(groups, channels_in, eps=GROUP_NORM_EPS)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.time = nn.Linear(time_channels, channels_out)  # applied by the U-Net, see UNet.time_shifts
-        self.norm2 = NormAct(groups, channels_out, eps=GROUP_NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
-
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        """x [N, C_in, H, W], shift [N, C_out] -> [N, C_out, H, W]."""
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.dropout(self.norm2(h, shift)))
-        return self.shortcut(x) + h
-
-
-class Level(nn.Module):
-    """The blocks of one resolution, an attention (or nothing) after each, and the way to the next resolution."""
-
-    def __init__(self, blocks: list[ResidualBlock], attentions: list[nn.Module], resample: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.attentions = nn.ModuleList(attentions)
-        self.resample = resample
-
-    def pairs(self) -> Iterator[tuple[ResidualBlock, nn.Module]]:
-        """Each block with what follows it."""
-        return zip(cast(list[ResidualBlock], self.blocks), self.attentions, strict=True)
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Downsample(nn.Module):
-    """A convolution with stride 2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-def time_embedding(timestep: Tensor, channels: int) -> Tensor:
-    """Sinusoids of the timestep, float32 [N, channels]: cosines, then sines (Vaswani et al. 2017, section 3.5)."""
-    half = channels // 2
-    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-    angle = timestep.float()[:, None] * exponent.exp()[None, :]
-    return torch.cat((angle.cos(), angle.sin()), dim=1)
-
-
 def _first_weight(shape: torch.Size, name: str, seed: int) -> Tensor:
     """Glorot-uniform (bound sqrt(6 / (fan in + fan out))) or, for what ends a branch, zeros."""
     if name.rsplit(".", 1)[-1] in ("conv2", "out", "conv_out"):
@@ -182,23 +113,26 @@ def _first_weight(shape: torch.Size, name: str, seed: int) -> Tensor:
 
 
 class UNet(nn.Module):
-    """UNet(config)(x, timestep) -> the same shape as x.
+    """UNet(config)(x, timestep, labels) -> the shape of x, with twice the channels for a learned variance.
 
-    The first weights are a function of (config, seed) alone, see `init_weights`. Dropout, while training, draws
-    from torch's global generator: seed that for each forward pass.
+    The first weights are a function of (config, seed) alone, see `init_weights`; seed None leaves them as torch made
+    them, for a network that is about to be loaded. Dropout, while training, draws from torch's global generator:
+    seed that for each forward pass.
     """
 
-    def __init__(self, config: UNetConfig, seed: int = 0) -> None:
+    def __init__(self, config: UNetConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
         channels, time_channels = config.channels, 4 * config.channels[0]
         levels = range(len(channels))
 
         def block(channels_in: int, channels_out: int) -> ResidualBlock:
-            return ResidualBlock(channels_in, channels_out, time_channels, config.groups, config.dropout)
+            norm_eps, dropout = config.norm_eps, config.dropout
+            return ResidualBlock(channels_in, channels_out, time_channels, config.groups, norm_eps, dropout)
 
         def attention(channels: int) -> Attention:
-            return Attention(channels, channels // (config.head_channels or channels), config.groups)
+            heads = channels // (config.head_channels or channels)
+            return Attention(channels, heads, config.groups, config.norm_eps)
 
         def attention_at(level: int) -> nn.Module:
             return attention(channels[level]) if level in config.attention else nn.Identity()
@@ -206,6 +140,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.image_channels, channels[0], 3, padding=1)
         self.time_linear1 = nn.Linear(channels[0], time_channels)
         self.time_linear2 = nn.Linear(time_channels, time_channels)
+        self.class_embedding = nn.Embedding(config.label_count, time_channels) if config.label_count else None
 
         width = channels[0]
         skips = [width]  # channels of each result kept on the way down
@@ -218,7 +153,8 @@ class UNet(nn.Module):
                 skips.append(width)
             last = level == levels[-1]
             attentions = [attention_at(level) for _ in blocks]
-            down.append(Level(blocks, attentions, nn.Identity() if last else Downsample(width)))
+            resample = nn.Identity() if last else Downsample(width, config.asymmetric_downsample)
+            down.append(Level(blocks, attentions, resample))
             if not last:
                 skips.append(width)
         self.down = nn.ModuleList(down)
@@ -236,9 +172,10 @@ class UNet(nn.Module):
             up.append(Level(blocks, attentions, Upsample(width) if level else nn.Identity()))
         self.up = nn.ModuleList(up)
 
-        self.norm_out = NormAct(config.groups, width, eps=GROUP_NORM_EPS)
-        self.conv_out = nn.Conv2d(width, config.image_channels, 3, padding=1)
-        self.init_weights(seed)
+        self.norm_out = NormAct(config.groups, width, eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(width, config.output_channels, 3, padding=1)
+        if seed is not None:
+            self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -251,16 +188,19 @@ class UNet(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.GroupNorm):
                 module.reset_parameters()
-            elif isinstance(module, nn.Conv2d | nn.Linear):
+            elif isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
                 module.weight.copy_(_first_weight(module.weight.shape, name, seed))
-                if module.bias is not None:
+                if not isinstance(module, nn.Embedding) and module.bias is not None:
                     module.bias.zero_()
 
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        """x [N, C, H, W], H and W divisible by 2^(levels - 1), else ValueError; timestep [N], counted from 0."""
+    def forward(self, x: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], H and W divisible by 2^(levels - 1); timestep [N], counted from 0; labels int64 [N], each
+        a class or the null class, for a network with classes and for no other. Else ValueError.
+        """
         self._check(x)
+        self._check_labels(labels, len(x))
         down, middle, up = self._levels()
-        shift = iter(self.time_shifts(timestep.expand(len(x))))
+        shift = iter(self.time_shifts(timestep.expand(len(x)), labels))
         h = self.conv_in(x)
         skips = [h]
         for level in down:
@@ -278,13 +218,17 @@ class UNet(nn.Module):
             h = level.resample(h)
         return self.conv_out(self.norm_out(h))
 
-    def time_shifts(self, timestep: Tensor) -> list[Tensor]:
-        """What the time adds in each residual block, [N, its channels], in the order in which the blocks run.
+    def time_shifts(self, timestep: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """What the time, and the class, add in each residual block, [N, its channels], in the blocks' order.
 
         Computed in one place, so that all blocks' projections can become one product.
         """
-        embedding = time_embedding(timestep, self.config.channels[0]).to(self.time_linear1.weight.dtype)
-        embedding = F.silu(self.time_linear2(F.silu(self.time_linear1(embedding))))
+        config = self.config
+        waves = time_embedding(timestep, config.channels[0], config.time_sine_first, config.time_frequency_shift)
+        embedding = self.time_linear2(F.silu(self.time_linear1(waves.to(self.time_linear1.weight.dtype))))
+        if self.class_embedding is not None:
+            embedding = embedding + self.class_embedding(labels)
+        embedding = F.silu(embedding)
         down, middle, up = self._levels()
         return [block.time(embedding) for level in (*down, middle, *up) for block, _ in level.pairs()]
 
@@ -299,3 +243,17 @@ class UNet(nn.Module):
             raise ValueError(
                 f"images must be [N, {channels}, H, W] with H and W divisible by {factor}, not {list(x.shape)}"
             )
+
+    def _check_labels(self, labels: Tensor | None, n: int) -> None:
+        count = self.config.label_count
+        if not count:
+            if labels is not None:
+                raise ValueError("labels were given, but this network has no classes")
+            return
+        if labels is None or labels.dtype != torch.int64 or labels.shape != (n,):
+            given = "none" if labels is None else f"{labels.dtype} {list(labels.shape)}"
+            raise ValueError(f"this network has classes: labels must be int64 [{n}], not {given}")
+        low, high = (int(bound) for bound in labels.aminmax()) if n else (0, 0)
+        if low < 0 or high >= count:
+            null = f", where {self.config.num_classes} stands for no class" if self.config.null_class else ""
+            raise ValueError(f"labels must lie in 0..{count - 1}{null}, not in {low}..{high}")

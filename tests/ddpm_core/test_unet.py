@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_core import UNet, UNetConfig, noise
-from ddpm_core.unet import Attention, NormAct, time_embedding
+from ddpm_core.unet_blocks import Attention, Downsample, NormAct, time_embedding
 
 DIGITS = UNetConfig()
 ATTENTION = UNetConfig(channels=(32, 64, 64), blocks=2, attention=(1,), mid_attention=True)
 SMALL = UNetConfig(channels=(8, 16, 16), blocks=1, attention=(1,), mid_attention=True, groups=4, image_channels=3)
+CLASSES = UNetConfig(**(SMALL.to_dict() | {"num_classes": 5}))
 
 
 def trained(config: UNetConfig) -> UNet:
@@ -33,6 +34,8 @@ def draw(*shape: int) -> Tensor:
     [
         (DIGITS, 634_273),
         (ATTENTION, 1_623_169),
+        (UNetConfig(**(DIGITS.to_dict() | {"num_classes": 10})), 634_273 + 11 * 128),
+        (UNetConfig(**(DIGITS.to_dict() | {"learned_variance": True})), 634_273 + 32 * 9 + 1),
         # Heads divide the same weights.
         (UNetConfig(**(ATTENTION.to_dict() | {"head_channels": 8})), 1_623_169),
     ],
@@ -71,6 +74,11 @@ def test_any_size_that_the_levels_divide(size: tuple[int, int]) -> None:
     assert y.isfinite().all()
 
 
+def test_mnist_sized_images_of_one_channel_need_no_padding() -> None:
+    x = draw(2, 1, 28, 28)
+    assert trained(ATTENTION)(x, torch.tensor([0, 999])).shape == x.shape
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 6, 8), (2, 3, 8, 6), (2, 1, 8, 8), (3, 8, 8)])
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\[N, 3, H, W\] with H and W divisible by 4"):
@@ -87,8 +95,8 @@ def test_at_first_the_network_answers_zero_and_blocks_pass_their_input_on() -> N
 
 
 def test_gradients_reach_every_parameter() -> None:
-    model = trained(SMALL)
-    model(draw(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])).square().mean().backward()
+    model = trained(CLASSES)
+    model(draw(6, 3, 8, 8), torch.tensor([0, 10, 500, 999, 3, 4]), torch.arange(6)).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         if not name.endswith("key.bias"):  # softmax is blind to a shift that all keys share
@@ -123,8 +131,11 @@ def test_first_weights_depend_on_the_seed_alone() -> None:
     model.init_weights(3)
     assert all(torch.equal(value, one[name]) for name, value in model.state_dict().items())
     # Keyed by name: the same layer of another network starts the same.
-    deeper = UNet(UNetConfig(**(SMALL.to_dict() | {"blocks": 2})), seed=3).state_dict()
-    assert torch.equal(deeper["time_linear2.weight"], one["time_linear2.weight"])
+    for other in (UNetConfig(**(SMALL.to_dict() | {"blocks": 2})), CLASSES):
+        assert torch.equal(UNet(other, seed=3).state_dict()["time_linear2.weight"], one["time_linear2.weight"])
+    tables = [UNet(CLASSES, seed=seed).get_parameter("class_embedding.weight") for seed in (3, 3, 4)]
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
 
 
 def test_first_weights_are_glorot_uniform() -> None:
@@ -153,12 +164,89 @@ def test_time_shifts_follow_the_blocks() -> None:
     assert widths == [(2, c) for c in (32, 32, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 32, 32, 32)]
 
 
-def test_time_embedding() -> None:
-    got = time_embedding(torch.tensor([0, 17, 999]), 8)
+@pytest.mark.parametrize("sine_first", [False, True])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_time_embedding(sine_first: bool, shift: int) -> None:
+    got = time_embedding(torch.tensor([0, 17, 999]), 8, sine_first, shift)
     for row, t in zip(got.tolist(), (0, 17, 999), strict=True):
-        angles = [t / 10000 ** (i / 4) for i in range(4)]
-        expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
-        assert row == pytest.approx(expected, abs=2e-4)  # float32 angles up to 1000
+        angles = [t / 10000 ** (i / (4 - shift)) for i in range(4)]
+        cosines, sines = [math.cos(a) for a in angles], [math.sin(a) for a in angles]
+        assert row == pytest.approx(sines + cosines if sine_first else cosines + sines, abs=2e-4)  # float32 angles
+
+
+def test_the_time_conventions_reach_the_network() -> None:
+    x, timestep = draw(1, 3, 8, 8), torch.tensor([700])
+    y = trained(SMALL)(x, timestep)
+    for field in ({"time_sine_first": True}, {"time_frequency_shift": 1}):
+        other = UNet(UNetConfig(**(SMALL.to_dict() | field))).eval()
+        other.load_state_dict(trained(SMALL).state_dict())
+        assert (other(x, timestep) - y).abs().max() > 1e-4, field
+
+
+def test_asymmetric_downsampling_pads_right_and_bottom() -> None:
+    layer = Downsample(3, asymmetric=True)
+    x = draw(2, 3, 6, 8)
+    expected = F.conv2d(x, layer.conv.weight, layer.conv.bias, padding=1)[:, :, 1::2, 1::2]
+    torch.testing.assert_close(layer(x), expected)
+    config = UNetConfig(**(SMALL.to_dict() | {"asymmetric_downsample": True}))
+    assert trained(config)(draw(1, 3, 28, 28), torch.tensor([5])).shape == (1, 3, 28, 28)
+
+
+def test_norm_eps_is_that_of_every_normalisation() -> None:
+    model = UNet(UNetConfig(**(SMALL.to_dict() | {"norm_eps": 1e-6})))
+    assert {m.eps for m in model.modules() if isinstance(m, nn.GroupNorm)} == {1e-6}
+
+
+def test_a_class_changes_its_own_image_alone() -> None:
+    model = trained(CLASSES)
+    assert model.class_embedding.weight.shape == (6, 32)  # five and the null class
+    x, timestep = draw(3, 3, 8, 8), torch.tensor([1, 2, 3])
+    y = model(x, timestep, torch.tensor([0, 5, 2]))
+    z = model(x, timestep, torch.tensor([1, 5, 2]))
+    assert torch.equal(y[1:], z[1:])
+    assert (y[0] - z[0]).abs().max() > 1e-4
+
+
+def test_the_class_is_added_to_the_embedding_of_the_time() -> None:
+    model = trained(CLASSES)
+    plain = UNet(SMALL).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k != "class_embedding.weight"})
+    with torch.no_grad():
+        plain.time_linear2.bias += model.class_embedding.weight[3]
+    x, timestep = draw(2, 3, 8, 8), torch.tensor([1, 900])
+    torch.testing.assert_close(model(x, timestep, torch.tensor([3, 3])), plain(x, timestep))
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (None, r"labels must be int64 \[2\], not none"),
+        (torch.tensor([0, 6]), r"0\.\.5, where 5 stands for no class, not in 0\.\.6"),
+        (torch.tensor([-1, 0]), r"not in -1\.\.0"),
+        (torch.tensor([1]), r"not torch\.int64 \[1\]"),
+        (torch.tensor([0.0, 1.0]), r"not torch\.float32"),
+    ],
+)
+def test_labels_that_are_none_of_the_classes_are_refused(labels: Tensor | None, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        UNet(CLASSES)(draw(2, 3, 8, 8), torch.tensor([0, 1]), labels)
+
+
+def test_without_a_null_class_its_label_is_refused() -> None:
+    model = UNet(UNetConfig(**(CLASSES.to_dict() | {"null_class": False})))
+    assert model.class_embedding.weight.shape == (5, 32)
+    with pytest.raises(ValueError, match=r"0\.\.4, not in 5\.\.5"):
+        model(draw(1, 3, 8, 8), torch.tensor([0]), torch.tensor([5]))
+
+
+def test_labels_are_refused_by_a_network_without_classes() -> None:
+    with pytest.raises(ValueError, match="has no classes"):
+        UNet(SMALL)(draw(1, 3, 8, 8), torch.tensor([0]), torch.tensor([0]))
+
+
+def test_a_learned_variance_doubles_the_output_channels() -> None:
+    model = trained(UNetConfig(**(SMALL.to_dict() | {"learned_variance": True})))
+    assert model(draw(2, 3, 8, 8), torch.tensor([0, 1])).shape == (2, 6, 8, 8)
 
 
 def test_norm_act_normalises_the_shifted_groups() -> None:
@@ -175,7 +263,7 @@ def test_norm_act_normalises_the_shifted_groups() -> None:
 
 @pytest.mark.parametrize("heads", [1, 4])
 def test_attention_is_softmax_of_scaled_products(heads: int) -> None:
-    layer = Attention(16, heads, groups=4)
+    layer = Attention(16, heads, groups=4, norm_eps=1e-5)
     x = draw(2, 16, 3, 5)
     tokens = F.group_norm(x, 4, eps=1e-5).permute(0, 2, 3, 1).reshape(2, 15, 16)
     columns = []
@@ -199,7 +287,7 @@ def test_dropout_follows_torchs_generator() -> None:
 
 
 def test_config_survives_json() -> None:
-    config = UNetConfig(**(ATTENTION.to_dict() | {"head_channels": 16}))
+    config = UNetConfig(**(ATTENTION.to_dict() | {"head_channels": 16, "num_classes": 10, "norm_eps": 1e-6}))
     assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -215,6 +303,10 @@ def test_config_survives_json() -> None:
         ({"blocks": 0}, "1 or more"),
         ({"image_channels": 0}, "1 or more"),
         ({"mid_attention": True, "head_channels": 24}, r"head_channels \(24\)"),
+        ({"num_classes": 0}, "num_classes must be 1 or more"),
+        ({"norm_eps": 0.0}, "norm_eps must be above 0"),
+        ({"time_frequency_shift": 16}, "below half"),
+        ({"time_frequency_shift": -1}, "0 or more"),
         ({"chanels": (32,)}, "unknown U-Net fields"),
     ],
 )
