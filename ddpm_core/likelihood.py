@@ -19,14 +19,7 @@ from torch import Tensor
 
 from ddpm_core import losses, noise
 from ddpm_core.diffusion import GaussianDiffusion, Network, evaluating
-
-# Part of the estimate's draws that is spread evenly over the timesteps, whatever the schedule says.
-EVEN_PART = 0.1
-
-# Variance of the pixels, in units of [-1, 1]^2, that `timestep_density` reckons with. Tried on digits with 8 calls
-# an image: anything from 0.2 to 1 leaves an image's estimate an error of about 0.33 bits/dim, where images differ
-# by 0.62 and evenly spread timesteps would err by 9.
-PIXEL_VARIANCE = 0.25
+from ddpm_core.timesteps import draw, timestep_density
 
 
 class BitsPerDim(NamedTuple):
@@ -48,20 +41,65 @@ class Interval(NamedTuple):
     high: float
 
 
+class Profile(NamedTuple):
+    """What a model does at every timestep: the bound's terms, and the mean squared errors of what it predicts.
+
+    x0_mse and eps_mse are float64 [N, T], the means over C, H, W of the squared errors of the predicted x0 (clipped,
+    if clipping is on) and of the eps that goes with it, at the same draws of noise as the terms.
+    """
+
+    bits: BitsPerDim
+    x0_mse: Tensor
+    eps_mse: Tensor
+
+
+class RateDistortion(NamedTuple):
+    """Progressive lossy coding (DDPM, section 4.3 and fig. 5): after the steps T..t+1 the receiver has x_t.
+
+    rate float64 [T], bits per dimension: index t - 1 is the prior and the terms of the steps T..t+1, what it takes to
+    send x_t; falling in t. distortion [T]: the root mean squared error, in 8-bit levels (0..255), of the x0 predicted
+    from x_t.
+    """
+
+    rate: Tensor
+    distortion: Tensor
+
+
 def bits_per_dim(process: GaussianDiffusion, model: Network, x0: Tensor, seed: int, clip_x0: bool = True) -> BitsPerDim:
     """Every term of the bound, each with one draw of noise an image: T network calls.
 
     x0 [N, C, H, W] in [-1, 1], else ValueError. `clip_x0`: of the model that clips its predicted x0.
     """
+    return profile(process, model, x0, seed, clip_x0).bits
+
+
+def profile(process: GaussianDiffusion, model: Network, x0: Tensor, seed: int, clip_x0: bool = True) -> Profile:
+    """`bits_per_dim` with the errors at every timestep, from the same T network calls."""
     keys = [noise.key(seed, "bits-per-dim", content) for content in content_keys(x0)]
+    terms, x0_mse, eps_mse = [], [], []
     with evaluating(model):
-        columns = [
-            _term(process, model, x0, torch.full((len(x0),), t, device=x0.device), keys, t, clip_x0)
-            for t in range(1, process.timesteps + 1)
-        ]
+        for step in range(1, process.timesteps + 1):
+            t = torch.full((len(x0),), step, device=x0.device)
+            x_t, eps = _noised(process, x0, t, keys, step)
+            output = process.call(model, x_t, t)
+            terms.append(losses.vlb_term(process, x0, x_t, t, output, clip_x0))
+            wide, truth = x_t.double(), x0.double()
+            guess = process.reverse(wide, t, output, clip_x0).x0
+            rest = (wide - process.at("signal_rate", t, wide) * guess) / process.at("noise_rate", t, wide)
+            x0_mse.append((guess - truth).square().flatten(1).mean(1))
+            eps_mse.append((rest - eps.double()).square().flatten(1).mean(1))
         prior = losses.prior_term(process, x0)
-    terms, prior = torch.stack(columns, dim=1).clone(), prior.clone()
-    return BitsPerDim(prior + terms.sum(1), terms, prior)
+    # Copies made outside inference mode can be used anywhere.
+    columns, prior = [torch.stack(each, dim=1).clone() for each in (terms, x0_mse, eps_mse)], prior.clone()
+    return Profile(BitsPerDim(prior + columns[0].sum(1), columns[0], prior), columns[1], columns[2])
+
+
+def rate_distortion(profile: Profile) -> RateDistortion:
+    """The curve of a profile, the mean over its images."""
+    terms, prior = profile.bits.terms.mean(0), profile.bits.prior.mean()
+    later = terms.flip(0).cumsum(0).flip(0) - terms  # of the steps after each
+    distortion = profile.x0_mse.mean(0).sqrt() * (losses.LEVELS - 1) / 2
+    return RateDistortion(prior + later, distortion)
 
 
 def bits_per_dim_estimate(
@@ -103,19 +141,6 @@ def bits_per_dim_estimate(
     return total.clone()
 
 
-def timestep_density(process: GaussianDiffusion) -> Tensor:
-    """The density over t = 2..T that the estimate draws from, float64 [T - 1].
-
-    With the small variance, L_{t-1} is (SNR_{t-1} - SNR_t) / 2 times the squared error of the predicted x0 (Kingma
-    et al. 2021, "Variational diffusion models", section 4). For Gaussian pixels of variance s^2 the best
-    predictor's error is 1 / (SNR_t + 1 / s^2). The density follows from the schedule alone, without a history of
-    losses; a tenth is spread evenly, for models that err elsewhere.
-    """
-    snr = process.schedule.log_snr.exp()
-    shape = (snr[:-1] - snr[1:]) / (snr[1:] + 1 / PIXEL_VARIANCE)
-    return (1 - EVEN_PART) * shape / shape.sum() + EVEN_PART / len(shape)
-
-
 def mean_interval(estimates: Tensor) -> Interval:
     """Mean and 95 % interval over images of per-image estimates [N], N >= 2, by the normal approximation.
 
@@ -151,14 +176,18 @@ def _term(
     process: GaussianDiffusion, model: Network, x0: Tensor, t: Tensor, keys: list[int], counter: int, clip_x0: bool
 ) -> Tensor:
     """The bound's term at t [N], with noise drawn at (keys, counter)."""
-    eps = noise.normal(keys, x0.shape[1:], counter, device=x0.device)
-    x_t = process.q_sample(x0, t, eps.to(x0.dtype))
+    x_t, _ = _noised(process, x0, t, keys, counter)
     return losses.vlb_term(process, x0, x_t, t, process.call(model, x_t, t), clip_x0)
+
+
+def _noised(process: GaussianDiffusion, x0: Tensor, t: Tensor, keys: list[int], counter: int) -> tuple[Tensor, Tensor]:
+    """x_t and its noise, drawn at (keys, counter)."""
+    eps = noise.normal(keys, x0.shape[1:], counter, device=x0.device).to(x0.dtype)
+    return process.q_sample(x0, t, eps), eps
 
 
 def _stratified(density: Tensor, seed: int, contents: Sequence[int], count: int) -> Tensor:
     """One t of 2..T in each of `count` strata of equal mass, int64 [N, count]."""
     keys = [noise.key(seed, "bits-per-dim-timesteps", content) for content in contents]
     position = (torch.arange(count) + noise.uniform(keys, count)) / count
-    # Rounding can leave the last sum just below 1.
-    return torch.searchsorted(density.cumsum(0), position, right=True).clamp(max=len(density) - 1) + 2
+    return draw(density, position) + 1

@@ -1,8 +1,8 @@
 """Samplers: from noise to images, each image from a seed of its own.
 
 One loop; a sampler is a small function that says where one step goes. Image i is a function of (weights, settings,
-seed i): its noise is keyed by its seed alone, whatever else is in the batch. (Its bits may depend on the batch's
-size, with which the network's kernels can change.)
+seed i, label i): its noise is keyed by its seed alone, whatever else is in the batch. (Its bits may depend on the
+batch's size, with which the network's kernels can change.)
 """
 
 import math
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ddpm_core import noise
 from ddpm_core.diffusion import GaussianDiffusion, Network, evaluating
+from ddpm_core.guidance import conditioned
+from ddpm_core.unet import UNet
 
 # callback(step_index, t, x_t, x0_prediction): step_index counts from 0, t is the original timestep in 1..T, x_t
 # the images before the step, x0_prediction what the step took for x0 (clipped, if clipping is on).
@@ -27,36 +29,76 @@ class Step(NamedTuple):
     beta: float
     alpha_bar: float
     alpha_bar_prev: float
+    log_snr: float
+    log_snr_prev: float
+    """That of t - 1: infinite at the last step."""
     posterior_variance: float
-    variance: str
-    eta: float
+
+    def variance(self, process: GaussianDiffusion) -> float:
+        """Of the reverse step, where it is fixed."""
+        return self.posterior_variance if process.variance == "small" else self.beta
+
+    @property
+    def is_last(self) -> bool:
+        """t = 1: what it leads to is the image."""
+        return self.alpha_bar_prev == 1
 
 
-def ancestral(step: Step, x_t: Tensor, x0: Tensor) -> tuple[Tensor, float]:
-    """Mean and standard deviation of x_{t-1}: a draw from p(x_{t-1} | x_t) (DDPM, algorithm 2)."""
+# A move takes (step, x_t, x0, the reverse step's variance) to the mean of x_{t-1} and its standard deviation.
+Move = Callable[[Step, Tensor, Tensor, Tensor | float], tuple[Tensor, Tensor | float]]
+
+
+def ancestral(step: Step, x_t: Tensor, x0: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor | float]:
+    """A draw from p(x_{t-1} | x_t) (DDPM, algorithm 2)."""
     x0_factor = math.sqrt(step.alpha_bar_prev) * step.beta / (1 - step.alpha_bar)
     x_t_factor = math.sqrt(step.alpha) * (1 - step.alpha_bar_prev) / (1 - step.alpha_bar)
-    last = step.alpha_bar_prev == 1  # t = 1: the mean is the image
-    variance = step.posterior_variance if step.variance == "small" else step.beta
-    return x0_factor * x0 + x_t_factor * x_t, 0.0 if last else math.sqrt(variance)
+    return x0_factor * x0 + x_t_factor * x_t, 0.0 if step.is_last else variance**0.5
 
 
-def ddim(step: Step, x_t: Tensor, x0: Tensor) -> tuple[Tensor, float]:
-    """Mean and standard deviation of x_{t-1} (Song et al. 2021, "Denoising diffusion implicit models", eq. 12).
+def ddim(eta: float) -> Move:
+    """Song et al. 2021, "Denoising diffusion implicit models", eq. 12.
 
     eta = 0 is deterministic; eta = 1 is ancestral sampling with the small variance. eps is the one that goes with
     x0, so that a clipped x0 and its eps still add up to x_t.
     """
-    eps = (x_t - math.sqrt(step.alpha_bar) * x0) / math.sqrt(1 - step.alpha_bar)
-    sigma = step.eta * math.sqrt(step.posterior_variance)
-    towards_x_t = math.sqrt(max(0.0, 1 - step.alpha_bar_prev - sigma**2))
-    return math.sqrt(step.alpha_bar_prev) * x0 + towards_x_t * eps, sigma
+
+    def move(step: Step, x_t: Tensor, x0: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor | float]:
+        eps = (x_t - math.sqrt(step.alpha_bar) * x0) / math.sqrt(1 - step.alpha_bar)
+        sigma = eta * math.sqrt(step.posterior_variance)
+        towards_x_t = math.sqrt(max(0.0, 1 - step.alpha_bar_prev - sigma**2))
+        return math.sqrt(step.alpha_bar_prev) * x0 + towards_x_t * eps, sigma
+
+    return move
 
 
-SAMPLERS: dict[str, Callable[[Step, Tensor, Tensor], tuple[Tensor, float]]] = {
-    "ancestral": ancestral,
-    "ddim": ddim,
-}
+def dpmpp_2m() -> Move:
+    """DPM-Solver++(2M), deterministic (Lu et al. 2022, "DPM-Solver++", algorithm 2).
+
+    With lambda half the log-SNR and h its growth in a step, x0 is extrapolated from this step's and the last one's.
+    The first step has no last one, and the last step has h infinite: both are of first order, which is DDIM's.
+    """
+    previous: list[tuple[Tensor, float]] = []
+
+    def move(step: Step, x_t: Tensor, x0: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor | float]:
+        h = (step.log_snr_prev - step.log_snr) / 2
+        extrapolated = x0
+        if previous and not step.is_last:
+            x0_before, h_before = previous[0]
+            half_inverse_r = h / (2 * h_before)
+            extrapolated = (1 + half_inverse_r) * x0 - half_inverse_r * x0_before
+        previous[:] = [(x0, h)]
+        noise_ratio = math.sqrt((1 - step.alpha_bar_prev) / (1 - step.alpha_bar))
+        return noise_ratio * x_t - math.sqrt(step.alpha_bar_prev) * math.expm1(-h) * extrapolated, 0.0
+
+    return move
+
+
+def _move(sampler: str, eta: float) -> Move:
+    """A sampler's move, for one trajectory."""
+    return {"ancestral": lambda: ancestral, "ddim": lambda: ddim(eta), "dpmpp_2m": dpmpp_2m}[sampler]()
+
+
+SAMPLERS = ("ancestral", "ddim", "dpmpp_2m")
 
 
 def sample(
@@ -69,6 +111,9 @@ def sample(
     eta: float = 0.0,
     spacing: str = "trailing",
     clip_x0: bool = True,
+    dynamic_threshold: float | None = None,
+    labels: Sequence[int] | None = None,
+    guidance: float = 1.0,
     callback: Callback | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -76,53 +121,97 @@ def sample(
 
     model(x_t, timestep) is called once a step, in eval mode and inference mode; its mode is put back. shape is
     (C, H, W). seeds are integers. steps is the number of network calls, None for every timestep of the schedule;
-    `spacing` chooses them (`NoiseSchedule.respace`). eta in 0..1 belongs to "ddim", which does not use the
-    process's variance. device defaults to the model's.
+    `spacing` chooses them (`NoiseSchedule.respace`). eta in 0..1 belongs to "ddim"; the process's variance belongs to
+    "ancestral" ("dpmpp_2m" and "ddim" do not use it). dynamic_threshold, a quantile such as 0.995, clips each image's
+    x0 to that quantile of its absolute values instead of to 1, and scales it back to 1 (Saharia et al. 2022,
+    "Imagen", section 2.3). labels, one class an image, and guidance are for a class-conditional `UNet`, see
+    `ddpm_core.guidance`. device defaults to the model's.
 
     ValueError for an unknown sampler or spacing, no seeds, steps outside 1..T, eta outside 0..1, or above 0 with
-    "ancestral".
+    another sampler than "ddim", a dynamic threshold outside (0, 1] or without clipping, and labels that do not fit.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in 0..1, not {eta}")
-    if eta and sampler != "ddim":
-        raise ValueError(f"eta belongs to the ddim sampler, not to {sampler!r}")
-    if len(seeds) == 0:
-        raise ValueError("seeds is empty: give one seed an image")
+    _check_options(sampler, eta, clip_x0, dynamic_threshold, len(seeds))
     if steps is not None:
         process = process.respace(steps, spacing)
     if device is None:
         first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         device = "cpu" if first is None else first.device
 
-    move = SAMPLERS[sampler]
+    network = _network(process, model, shape[0], len(seeds), labels, guidance, device)
+    move = _move(sampler, eta)
     keys = [noise.key(seed, "sample") for seed in seeds]
     original = process.schedule.original_timesteps.tolist()
+    draws = noise.Draws(keys, shape, process.timesteps + 1, device)
     with evaluating(model):
-        x = noise.normal(keys, shape, counter=0, device=device)
-        for index, (t, step) in enumerate(_steps(process, eta)):
+        x = draws[0]
+        for index, (t, step) in enumerate(_steps(process)):
             t_tensor = torch.full((len(keys),), t, device=device)
-            x0 = process.predict_x0(x, t_tensor, process.call(model, x, t_tensor))
+            output = process.call(network, x, t_tensor)
+            x0 = process.predict_x0(x, t_tensor, output)
             if clip_x0:
-                x0 = x0.clamp(-1, 1)
+                x0 = x0.clamp(-1, 1) if dynamic_threshold is None else _thresholded(x0, dynamic_threshold)
             if callback is not None:
                 callback(index, original[t - 1], x, x0)
-            x, sigma = move(step, x, x0)
-            if sigma > 0:
-                x = x + sigma * noise.normal(keys, shape, counter=index + 1, device=device)
+            learned = process.variance == "learned_range" and sampler == "ancestral"
+            variance = process.predict_variance(x, t_tensor, output) if learned else step.variance(process)
+            x, sigma = move(step, x, x0, variance)
+            if isinstance(sigma, Tensor) or sigma > 0:
+                x = x + sigma * draws[index + 1]
     return x.clone()  # a copy made outside inference mode can be used anywhere
 
 
-def _steps(process: GaussianDiffusion, eta: float) -> list[tuple[int, Step]]:
+def _check_options(sampler: str, eta: float, clip_x0: bool, dynamic_threshold: float | None, images: int) -> None:
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in 0..1, not {eta}")
+    if eta and sampler != "ddim":
+        raise ValueError(f"eta belongs to the ddim sampler, not to {sampler!r}")
+    if dynamic_threshold is not None and not (clip_x0 and 0 < dynamic_threshold <= 1):
+        raise ValueError(f"dynamic_threshold is a quantile in (0, 1] and needs clip_x0, not {dynamic_threshold}")
+    if images == 0:
+        raise ValueError("seeds is empty: give one seed an image")
+
+
+def _network(
+    process: GaussianDiffusion,
+    model: Network,
+    image_channels: int,
+    images: int,
+    labels: Sequence[int] | None,
+    guidance: float,
+    device: torch.device | str,
+) -> Network:
+    """The model as a function of (x_t, timestep)."""
+    if labels is None:
+        if guidance != 1:
+            raise ValueError("guidance steers towards a class: give labels")
+        return model
+    if not isinstance(model, UNet):
+        raise ValueError("labels are for a UNet with classes")
+    if len(labels) != images:
+        raise ValueError(f"one label an image is needed: {len(labels)} for {images} images")
+    steered = image_channels if process.variance == "learned_range" else None
+    return conditioned(model, torch.tensor(labels, device=device), guidance, steered)
+
+
+def _thresholded(x0: Tensor, quantile: float) -> Tensor:
+    limit = torch.quantile(x0.abs().flatten(1), quantile, dim=1).clamp(min=1).view(-1, *[1] * (x0.ndim - 1))
+    return x0.clamp(-limit, limit) / limit
+
+
+def _steps(process: GaussianDiffusion) -> list[tuple[int, Step]]:
     """(t, step) for t = T..1."""
     schedule = process.schedule
+    log_snr = schedule.log_snr.tolist()
     columns = zip(
         schedule.alpha.tolist(),
         schedule.beta.tolist(),
         schedule.alpha_bar.tolist(),
         schedule.alpha_bar_prev.tolist(),
+        log_snr,
+        [math.inf, *log_snr[:-1]],
         schedule.posterior_variance.tolist(),
         strict=True,
     )
-    return [(t, Step(*column, process.variance, eta)) for t, column in enumerate(columns, start=1)][::-1]
+    return [(t, Step(*column)) for t, column in enumerate(columns, start=1)][::-1]

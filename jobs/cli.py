@@ -181,9 +181,10 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw images in bulk. A rerun makes the missing ones only, a larger --n extends."""
+    from pipelines.drawing import Settings
     from pipelines.models import find_model, with_overrides
     from pipelines.pictures import draw_grid
-    from pipelines.sample import Settings, sample_job
+    from pipelines.sample import sample_job
     from pipelines.store import Place
 
     with _session(None, storage, tracking_uri) as session:
@@ -191,9 +192,8 @@ def sample(
             if (option := _SAMPLE_OPTIONS.get(override.partition("=")[0])) is not None:
                 raise UserError(f"--set {override}: here it is said by {option}")
         found = with_overrides(find_model(model, session.store, session.tracker), overrides or ())
-        fields = found.spec.sample.model_dump(exclude={"n", "workers", "seed"})
         session.progress.start("sample", f"{n:,} images of {found.origin}, the actors start")
-        settings, workers = Settings(**fields, seed=seed), found.spec.sample.workers
+        settings, workers = Settings.of(found.spec.sample, seed), found.spec.sample.workers
         samples = sample_job(found, settings, n, Place.of(out), session.cluster, workers, session.progress)
         grid = draw_grid(samples)
         session.progress.finish("sample", f"{n:,} images, grid at {grid}")

@@ -1,27 +1,66 @@
 """From the spec's words to the objects of `ddpm_core`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ddpm_core import GaussianDiffusion, NoiseSchedule, UNet, UNetConfig
-from pipelines.sections import Data, Diffusion, Model
+from torch import Tensor
+
+from ddpm_core import GaussianDiffusion, NoiseSchedule, UNet, UNetConfig, losses
+from ddpm_core.diffusion import Network
+from pipelines import sections
+from pipelines.sections import Data, Diffusion, Model, Train
 
 if TYPE_CHECKING:
     from pipelines.spec import Spec
 
+Loss = Callable[[GaussianDiffusion, Network, Tensor, Tensor, Tensor], Tensor]
+"""(process, model, x0, t, eps) -> [N]."""
+
 
 def build_schedule(diffusion: Diffusion) -> NoiseSchedule:
-    """The noise schedule of a spec."""
-    options: dict[str, Any] = diffusion.schedule.model_dump()
-    make = getattr(NoiseSchedule, options.pop("kind"))
-    return make(diffusion.timesteps, **options)
+    """The noise schedule of a spec. ValueError for one that cannot be."""
+    match diffusion.schedule:
+        case sections.Betas(values=values) | sections.AlphaBars(values=values) if len(values) != diffusion.timesteps:
+            raise ValueError(f"schedule.values has {len(values)} numbers, but timesteps is {diffusion.timesteps}")
+        case sections.Betas(values=betas):
+            schedule = NoiseSchedule.from_betas(betas)
+        case sections.AlphaBars(values=alpha_bars):
+            schedule = NoiseSchedule.from_alpha_bars(alpha_bars)
+        case sections.Rates(min_signal_rate=low, max_signal_rate=high):
+            schedule = NoiseSchedule.from_rates(diffusion.timesteps, low, high)
+        case by_name:
+            options: dict[str, Any] = by_name.model_dump()
+            schedule = getattr(NoiseSchedule, options.pop("kind"))(diffusion.timesteps, **options)
+    return schedule.rescale_zero_terminal() if diffusion.zero_terminal else schedule
 
 
 def build_process(diffusion: Diffusion) -> GaussianDiffusion:
-    """The diffusion process of a spec."""
+    """The diffusion process of a spec. ValueError for a combination that means nothing."""
     return GaussianDiffusion(build_schedule(diffusion), predict=diffusion.predict, variance=diffusion.variance)
 
 
-def build_config(model: Model, data: Data) -> UNetConfig:
+def build_loss(train: Train) -> Loss:
+    """What is minimised."""
+    match train.weighting:
+        case sections.MinSnr(gamma=gamma):
+            weighting = losses.min_snr(gamma)
+        case sections.P2(gamma=gamma, k=k):
+            weighting = losses.p2(gamma, k)
+        case _:
+            weighting = losses.uniform
+    match train.loss:
+        case "mean_matching":
+            return losses.mean_matching
+        case "vlb":
+            return losses.vlb
+        case "hybrid":
+            return partial(losses.hybrid, weighting=weighting)
+        case _:
+            return partial(GaussianDiffusion.loss, weighting=weighting)
+
+
+def build_config(model: Model, data: Data, diffusion: Diffusion) -> UNetConfig:
     """The U-Net's shape."""
     return UNetConfig(
         image_channels=data.channels,
@@ -32,9 +71,11 @@ def build_config(model: Model, data: Data) -> UNetConfig:
         head_channels=model.head_channels,
         dropout=model.dropout,
         groups=model.groups,
+        num_classes=model.classes,
+        learned_variance=diffusion.variance == "learned_range",
     )
 
 
 def build_model(spec: "Spec") -> UNet:
     """The U-Net of a spec, its weights initialised from the spec's seed."""
-    return UNet(build_config(spec.model, spec.data), spec.seed)
+    return UNet(build_config(spec.model, spec.data, spec.diffusion), spec.seed)

@@ -3,11 +3,12 @@
 import numpy as np
 import torch
 
-from ddpm_core import noise, sample
+from ddpm_core import noise
 from pipelines import report
 from pipelines.data.manifest import Dataset
 from pipelines.data.pixels import to_model, to_pixels
 from pipelines.data.reader import Reader
+from pipelines.drawing import Settings, draw
 from pipelines.models import Model
 from pipelines.sample import Samples, read_samples
 from pipelines.spec import Spec
@@ -58,15 +59,12 @@ def _trajectory(spec: Spec, dataset: Dataset, model: Model) -> bytes:
     forward = [image if t == 0 else process.q_sample(image, torch.tensor([t]), eps) for t in forward_t]
 
     seen: list[tuple[int, torch.Tensor]] = []
-    final = sample(
+    final = draw(
         process,
         unet,
-        shape=image.shape[1:],
-        seeds=[noise.key(spec.sample.seed, "image", 0)],
-        sampler=spec.sample.sampler,
-        steps=spec.sample.steps,
-        eta=spec.sample.eta,
-        spacing=spec.sample.spacing,
+        spec.data.image_size,
+        Settings.of(spec.sample),
+        indices=[0],
         callback=lambda index, t, x_t, x0: seen.append((t, x_t.clone())),
     )
     seen.append((0, final))

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_core import GaussianDiffusion, UNet, noise
+from ddpm_core import GaussianDiffusion, UNet
 from pipelines.cluster import Cluster
 from pipelines.data.shards import encode_png, pack, unpack
+from pipelines.drawing import Settings, draw, label_of
 from pipelines.errors import Failed, UserError
 from pipelines.models import Model
 from pipelines.progress import Progress
@@ -25,19 +26,6 @@ from pipelines.store import DamageError, Place, check_writable, identity, sha256
 FORMAT = 2
 _CHUNK_RETRIES = 3
 _JOB, _MANIFEST, _LOCK = "job.json", "manifest.json", ".lock"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How images are drawn; with the model and the seed, the identity of a job."""
-
-    sampler: str
-    steps: int
-    eta: float
-    spacing: str
-    seed: int
-    chunk: int
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -141,28 +129,15 @@ class _Artist:
 
         The model comes with every call (from shared memory), so that an actor that was started anew has it too.
         """
-        from ddpm_core import sample
         from pipelines.data.pixels import to_pixels
 
         job, settings = self._job, self._job.settings
         indices = range(chunk * settings.chunk, (chunk + 1) * settings.chunk)
         self._built = self._built or model.build()
         process, unet = self._built
-        of_model = model.spec.data
-        images = to_pixels(
-            sample(
-                process,
-                unet,
-                shape=(of_model.channels, of_model.image_size, of_model.image_size),
-                seeds=[noise.key(settings.seed, "image", i) for i in indices],
-                sampler=settings.sampler,
-                steps=settings.steps,
-                eta=settings.eta,
-                spacing=settings.spacing,
-            )
-        )[:count]
+        images = to_pixels(draw(process, unet, model.spec.data.image_size, settings, indices))[:count]
         indices = indices[:count]
-        notes = [{"seed": settings.seed, "index": i} for i in indices]
+        notes = [{"seed": settings.seed, "index": i, **_label_of(unet, i)} for i in indices]
         data = pack([f"{i:09d}" for i in indices], [encode_png(image) for image in images], notes)
         job.shard(chunk).write(data)
         record = {
@@ -175,6 +150,11 @@ class _Artist:
         }
         job.commit_record(chunk).write_json(record)
         return count
+
+
+def _label_of(unet: UNet, index: int) -> dict[str, int]:
+    label = label_of(unet, index)
+    return {} if label is None else {"label": label}
 
 
 def sample_job(
@@ -204,9 +184,8 @@ def sample_job(
 
 def sample_spec(model: Model, spec: Spec, n: int, session: Session) -> Samples:
     """The first n images of the job that a spec describes, in the store's place for it."""
-    fields = spec.sample.model_dump(exclude={"n", "workers"})
-    settings = Settings(**fields)
-    name = f"{spec.name}-{identity([model.identity, fields])[:12]}"
+    settings = Settings.of(spec.sample)
+    name = f"{spec.name}-{identity([model.identity, asdict(settings)])[:12]}"
     out = session.store / "samples" / name
     return sample_job(model, settings, n, out, session.cluster, spec.sample.workers, session.progress)
 

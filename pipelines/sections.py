@@ -54,6 +54,8 @@ class Model(Section):
     """Channels of an attention head; by default one head."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     groups: PositiveInt = 32
+    classes: PositiveInt | None = None
+    """Classes of a class-conditional model, those of the dataset; by default the model knows none."""
 
 
 class Linear(Section):
@@ -68,6 +70,11 @@ class Quadratic(Section):
     beta_end: Fraction = 0.02
 
 
+class Constant(Section):
+    kind: Literal["constant"]
+    beta: Fraction = 0.01
+
+
 class Cosine(Section):
     kind: Literal["cosine"]
     s: PositiveFloat = 0.008
@@ -80,15 +87,37 @@ class Sigmoid(Section):
     tau: PositiveFloat = 1.0
 
 
-Schedule = Annotated[Linear | Quadratic | Cosine | Sigmoid, Field(discriminator="kind")]
+class Rates(Section):
+    kind: Literal["rates"]
+    min_signal_rate: Fraction = 0.02
+    max_signal_rate: Fraction = 0.95
+
+
+class Betas(Section):
+    kind: Literal["betas"]
+    values: Annotated[list[float], Field(min_length=2)]
+    """beta_1..beta_T."""
+
+
+class AlphaBars(Section):
+    kind: Literal["alpha_bars"]
+    values: Annotated[list[float], Field(min_length=2)]
+    """alpha_bar_1..alpha_bar_T, falling."""
+
+
+Schedule = Annotated[
+    Linear | Quadratic | Constant | Cosine | Sigmoid | Rates | Betas | AlphaBars, Field(discriminator="kind")
+]
 
 
 class Diffusion(Section):
     timesteps: Annotated[int, Field(ge=2)] = 1000
     schedule: Schedule = Linear()
     """Its kind (linear where none is given) and that kind's own parameters."""
-    predict: Literal["eps", "x0", "v"] = "eps"
-    variance: Literal["small", "large"] = "small"
+    zero_terminal: bool = False
+    """Rescale the schedule to leave no signal at T; then predict v or x0."""
+    predict: Literal["eps", "x0", "v", "mean"] = "eps"
+    variance: Literal["small", "large", "learned_range"] = "small"
 
     @model_validator(mode="before")
     @classmethod
@@ -96,6 +125,24 @@ class Diffusion(Section):
         if isinstance(fields, dict) and isinstance(fields.get("schedule"), dict):
             return {**fields, "schedule": {"kind": "linear", **fields["schedule"]}}
         return fields
+
+
+class Uniform(Section):
+    kind: Literal["uniform"] = "uniform"
+
+
+class MinSnr(Section):
+    kind: Literal["min_snr"]
+    gamma: PositiveFloat = 5.0
+
+
+class P2(Section):
+    kind: Literal["p2"]
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    k: PositiveFloat = 1.0
+
+
+Weighting = Annotated[Uniform | MinSnr | P2, Field(discriminator="kind")]
 
 
 class Train(Section):
@@ -121,6 +168,14 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: PositiveFloat | None = 1.0
     """Largest norm of the gradient."""
+    loss: Literal["simple", "mean_matching", "vlb", "hybrid"] = "simple"
+    """See `ddpm_core.losses`; a learned variance takes hybrid or vlb."""
+    weighting: Weighting = Uniform()
+    """Of the squared error, in the simple and the hybrid loss."""
+    timesteps: Literal["uniform", "importance"] = "uniform"
+    """How timesteps are drawn; "importance" where the bound is large, each loss divided by what that favours it."""
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the labels hidden from a class-conditional model, which is what guidance steers away from."""
     ema_half_life: PositiveInt = 20_000
     """Images after which a weight counts half in the moving average."""
 
@@ -142,11 +197,16 @@ class Train(Section):
 class Sample(Section):
     n: PositiveInt = 1000
     seed: int = 0
-    sampler: Literal["ddim", "ancestral"] = "ddim"
+    sampler: Literal["ddim", "ancestral", "dpmpp_2m"] = "ddim"
     steps: PositiveInt = 50
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     spacing: Literal["trailing", "linspace", "leading"] = "trailing"
     """Which of the timesteps are taken; "trailing" begins at the last one, where nothing but noise is left."""
+    clip_x0: bool = True
+    dynamic_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Quantile of each image's predicted values to clip at, instead of at 1."""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """How far a class-conditional model is steered towards the class; 1 is not at all."""
     chunk: PositiveInt = 100
     """Images computed together; part of the job's identity."""
     workers: PositiveInt = 1

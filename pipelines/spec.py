@@ -52,14 +52,29 @@ class Spec(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> "Spec":
         self._check_model()
+        self._check_loss()
         timesteps, sample = self.diffusion.timesteps, self.sample
         if sample.steps > timesteps:
             raise ValueError(f"sample.steps: {sample.steps} is more than diffusion.timesteps = {timesteps}")
         if sample.eta and sample.sampler != "ddim":
             raise ValueError(f"sample.eta: belongs to the ddim sampler, {sample.sampler} has none; leave it out")
+        if sample.dynamic_threshold is not None and not sample.clip_x0:
+            raise ValueError("sample.dynamic_threshold: it says where to clip, but sample.clip_x0 is off")
+        if sample.guidance != 1 and (self.model.classes is None or not self.train.label_dropout):
+            raise ValueError("sample.guidance: it needs model.classes, and train.label_dropout above 0")
         if (bits := self.evaluate.bits_timesteps) > timesteps:
             raise ValueError(f"evaluate.bits_timesteps: {bits} is more than diffusion.timesteps = {timesteps}")
         return self
+
+    def _check_loss(self) -> None:
+        train, learned = self.train, self.diffusion.variance == "learned_range"
+        if train.loss not in (("hybrid", "vlb") if learned else ("simple", "mean_matching", "vlb")):
+            raise ValueError(
+                f"train.loss: {train.loss} does not train diffusion.variance {self.diffusion.variance}: a learned one "
+                "takes hybrid or vlb, a fixed one simple, mean_matching or vlb"
+            )
+        if train.weighting.kind != "uniform" and train.loss not in ("simple", "hybrid"):
+            raise ValueError(f"train.weighting: the loss {train.loss} has weights of its own, leave it out")
 
     def _check_model(self) -> None:
         step = 2 ** (len(self.model.channels) - 1)
@@ -160,7 +175,7 @@ def _check_buildable(spec: Spec, origin: str) -> None:
 
     for field, build in (
         ("diffusion", lambda: build_process(spec.diffusion)),
-        ("model", lambda: build_config(spec.model, spec.data)),
+        ("model", lambda: build_config(spec.model, spec.data, spec.diffusion)),
     ):
         try:
             build()

@@ -5,14 +5,16 @@ from pathlib import Path
 
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
+from pipelines.drawing import Settings
 from pipelines.models import Model
 from pipelines.pipeline import evaluate_step
-from pipelines.sample import Job, Settings
+from pipelines.sample import Job
+from pipelines.sections import Sample
 from pipelines.session import Session
 from pipelines.store import Place
 from tests.conftest import tiny_spec
 
-SETTINGS = Settings(sampler="ancestral", steps=4, eta=0.0, spacing="trailing", seed=3, chunk=16, threads=1)
+SETTINGS = Settings.of(Sample(sampler="ancestral", steps=4))
 
 
 def model(**diffusion: str) -> Model:

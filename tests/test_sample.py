@@ -13,15 +13,17 @@ from ddpm_core import noise, sample
 from pipelines.build import build_model
 from pipelines.cluster import Cluster
 from pipelines.data.pixels import to_pixels
+from pipelines.drawing import Settings
 from pipelines.errors import UserError
 from pipelines.models import Model
 from pipelines.progress import Progress
-from pipelines.sample import Samples, Settings, read_samples, sample_job
+from pipelines.sample import Samples, read_samples, sample_job
+from pipelines.sections import Sample
 from pipelines.spec import Spec
 from pipelines.store import Place
 from tests.conftest import tiny_spec
 
-SETTINGS = Settings(sampler="ddim", steps=4, eta=0.5, spacing="trailing", seed=3, chunk=16, threads=1)
+SETTINGS = Settings.of(Sample(sampler="ddim", steps=4, eta=0.5, chunk=16), seed=3)
 
 
 @pytest.fixture(scope="module")

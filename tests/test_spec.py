@@ -47,7 +47,7 @@ def test_a_written_spec_is_the_spec_also_where_nothing_is_meant() -> None:
         ("diffusion={timesteps: 1000, schedule: {kind: linear, beta_end: 0.95}}", "diffusion: alpha_bar must fall"),
         ("diffusion.schedule={kind: cosine, s: 1.0e+300}", "diffusion: "),
         ("model={channels: [7, 7], groups: 7}", "model: the first entry of channels must be even"),
-        ("diffusion.schedule.kind=bent", "diffusion.schedule.kind: there is no 'bent': choose one of linear, "),
+        ("diffusion.schedule.kind=wavy", "diffusion.schedule.kind: there is no 'wavy': choose one of linear, "),
         ("diffusion.schedule.kind=cosin", "diffusion.schedule.kind: there is no 'cosin': did you mean cosine?"),
         ("diffusion.predict=epsilon", "diffusion.predict: there is no 'epsilon': did you mean eps?"),
         ("data.channels=2", "data.channels: there is no 2: choose one of 1, 3"),

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_core import noise, sample
+from ddpm_core.guidance import conditioned
 from pipelines.data.manifest import Dataset
 from pipelines.data.pixels import to_pixels
 from pipelines.data.reader import Reader
+from pipelines.drawing import Settings, draw
 from pipelines.errors import UserError
 from pipelines.evaluate.evaluate import REPLICATES, SPLITS, bits_score, estimate_bits, frechet_score
 from pipelines.evaluate.features import FORMAT as FEATURES_FORMAT
@@ -52,19 +53,19 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
     """Score a model against the held-out images of a dataset. UserError where they are too few or do not fit it."""
     _check_fits(model, dataset)
     ray = session.cluster.connect()
-    held_out, _ = Reader(dataset.split("held-out")).read_all()
+    held_out, labels = Reader(dataset.split("held-out")).read_all()
     n = len(held_out) // 2
     if n < 2:
         raise UserError(f"data.held_out: {len(held_out)} images held out are too few to score against, raise it")
     net = feature_net(dataset, spec.evaluate, session)
 
     # The bound's tasks run beside the sampling; each takes a fixed part of the images, whoever computes it.
-    images = draw_images(held_out, spec.evaluate.bits_images, spec.seed)
-    parts = [images[i : i + _BITS_BATCH] for i in range(0, len(images), _BITS_BATCH)]
+    parts = _bits_parts(held_out, labels, spec)
     session.cluster.check_cpus("sample.threads", spec.sample.threads)
     task = ray.remote(num_cpus=spec.sample.threads)(_bits_of)
     shared = ray.put(model)
-    bits = [task.remote(shared, part, spec.seed, spec.evaluate.bits_timesteps, spec.sample.threads) for part in parts]
+    timesteps, threads = spec.evaluate.bits_timesteps, spec.sample.threads
+    bits = [task.remote(shared, *part, spec.seed, timesteps, threads) for part in parts]
 
     samples = sample_spec(model, spec, n, session)
     pixels = np.concatenate(list(read_samples(samples, n)))
@@ -72,10 +73,7 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
         "model_digest": model.digest,
         "dataset_digest": dataset.digest,
         "ema": f"half-life {model.spec.train.ema_half_life} images",
-        "sampler": spec.sample.sampler,
-        "steps": spec.sample.steps,
-        "eta": spec.sample.eta,
-        "spacing": spec.sample.spacing,
+        **spec.sample.model_dump(mode="json", exclude={"n", "workers", "threads", "seed"}),
         "sample_seed": spec.sample.seed,
     }
     frechet = frechet_score(net, pixels, held_out, seed=spec.seed, provenance=provenance)
@@ -103,10 +101,9 @@ def feature_net(dataset: Dataset, evaluate: Evaluate, session: Session) -> Featu
 
 def held_out_bits(model: Model, dataset: Dataset, spec: Spec) -> float:
     """Bits/dim of a model on the held-out images, estimated in this process."""
-    images = draw_images(Reader(dataset.split("held-out")).read_all()[0], spec.evaluate.bits_images, spec.seed)
-    parts = [images[i : i + _BITS_BATCH] for i in range(0, len(images), _BITS_BATCH)]
+    parts = _bits_parts(*Reader(dataset.split("held-out")).read_all(), spec)
     threads, timesteps = spec.train.threads, spec.evaluate.bits_timesteps
-    estimates = [_bits_of(model, part, spec.seed, timesteps, threads) for part in parts]
+    estimates = [_bits_of(model, *part, spec.seed, timesteps, threads) for part in parts]
     return float(np.concatenate(estimates).mean())
 
 
@@ -116,29 +113,23 @@ def sampled_frechet(model: Model, dataset: Dataset, spec: Spec, store: Place, n:
     held_out, _ = Reader(dataset.split("held-out")).read_all()
     n = min(n, len(held_out) // 2)
     process, unet = model.build()
-    shape = (dataset.channels, dataset.image_size, dataset.image_size)
-    drawn = []
-    for start in range(0, n, spec.sample.chunk):
-        seeds = [noise.key(spec.sample.seed, "image", i) for i in range(start, start + spec.sample.chunk)]
-        images = sample(
-            process,
-            unet,
-            shape,
-            seeds,
-            sampler=spec.sample.sampler,
-            steps=spec.sample.steps,
-            eta=spec.sample.eta,
-            spacing=spec.sample.spacing,
-        )
-        drawn.append(to_pixels(images))
+    settings = Settings.of(spec.sample)
+    chunks = [range(start, start + settings.chunk) for start in range(0, n, settings.chunk)]
+    drawn = [to_pixels(draw(process, unet, dataset.image_size, settings, indices)) for indices in chunks]
     score = frechet_score(net, np.concatenate(drawn)[:n], held_out, seed=spec.seed, provenance={})
     return score.value
 
 
-def draw_images(images: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """n of the images, drawn by the seed: a dataset may hold them class by class."""
-    chosen = generator(seed, "bits-images").permutation(len(images))[:n]
-    return images[np.sort(chosen)]
+def choose_images(count: int, n: int, seed: int) -> np.ndarray:
+    """Indices of n images out of `count`, rising, drawn by the seed: a dataset may hold them class by class."""
+    return np.sort(generator(seed, "bits-images").permutation(count)[:n])
+
+
+def _bits_parts(images: np.ndarray, labels: np.ndarray, spec: Spec) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The images whose bits/dim is estimated, and their labels, in fixed parts: whoever computes one, its bits stay."""
+    chosen = choose_images(len(images), spec.evaluate.bits_images, spec.seed)
+    parts = [chosen[i : i + _BITS_BATCH] for i in range(0, len(chosen), _BITS_BATCH)]
+    return [(images[part], labels[part]) for part in parts]
 
 
 def _check_fits(model: Model, dataset: Dataset) -> None:
@@ -165,12 +156,17 @@ def _train_feature_net(dataset: str, evaluate: Evaluate) -> bytes:
     return train_feature_net(images, labels, width=width, epochs=epochs, seed=_FEATURE_SEED, threads=1).save()
 
 
-def _bits_of(model: Model, images: np.ndarray, seed: int, timesteps: int, threads: int) -> np.ndarray:
+def _bits_of(
+    model: Model, images: np.ndarray, labels: np.ndarray, seed: int, timesteps: int, threads: int
+) -> np.ndarray:
+    """Of a model with classes, the bits of each image given its class."""
     import torch
 
     torch.set_num_threads(threads)
     process, unet = model.build()
-    return estimate_bits(process, unet, images, seed, timesteps_per_image=timesteps, batch=_BITS_BATCH)
+    network = unet if unet.config.num_classes is None else conditioned(unet, torch.from_numpy(labels.astype(np.int64)))
+    assert len(images) <= _BITS_BATCH  # one batch, for which the labels are
+    return estimate_bits(process, network, images, seed, timesteps_per_image=timesteps, batch=_BITS_BATCH)
 
 
 def _evidence(net: FeatureNet, dataset: Dataset, frechet: Score, bits: Score) -> dict[str, float]:

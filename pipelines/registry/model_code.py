@@ -12,7 +12,8 @@ from mlflow.pyfunc.model import PythonModel
 
 
 class Sampler(PythonModel):
-    """Images of the model's own size, uint8 [N, H, W, C], image i from seed i."""
+    """Images of the model's own size, uint8 [N, H, W, C], one a seed; of a model with classes, a seed's class is the
+    seed modulo their number."""
 
     def load_context(self, context: Any) -> None:
         import json
@@ -24,18 +25,14 @@ class Sampler(PythonModel):
         self._model = Model.from_config(config, Path(context.artifacts["weights"]).read_bytes(), "registered model")
 
     def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray:
-        from ddpm_core import sample
         from pipelines.data.pixels import to_pixels
+        from pipelines.drawing import Settings, draw
 
         spec = self._model.spec
         process, unet = self._model.build()
-        shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         seeds = [int(seed) for seed in model_input["seed"]]
-        images = sample(
-            process, unet, shape=shape, seeds=seeds, sampler=spec.sample.sampler, steps=spec.sample.steps,
-            eta=spec.sample.eta, spacing=spec.sample.spacing,
-        )  # fmt: skip
-        return to_pixels(images)
+        settings = Settings.of(spec.sample)
+        return to_pixels(draw(process, unet, spec.data.image_size, settings, indices=seeds, seeds=seeds))
 
 
 mlflow.models.set_model(Sampler())

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_core import Ema, noise
-from pipelines.build import build_model, build_process
+from ddpm_core import Ema, noise, timesteps
+from ddpm_core.guidance import dropped
+from pipelines.build import build_loss, build_model, build_process
 from pipelines.data.manifest import Dataset
 from pipelines.data.order import owned_slots
 from pipelines.data.pixels import to_model
@@ -80,6 +81,9 @@ class Trainer:
     def __init__(self, spec: Spec, dataset: Dataset, run: Run, world: World) -> None:
         self.spec, self.dataset, self.run, self.world = spec, dataset, run, world
         self.process = build_process(spec.diffusion)
+        self._loss = build_loss(spec.train)
+        even = spec.train.timesteps == "uniform"
+        self._density = None if even else timesteps.vlb_density(self.process)
         self.model = build_model(spec)
         self.names = [name for name, _ in self.model.named_parameters()]
         self.parameters = list(self.model.parameters())
@@ -121,10 +125,10 @@ class Trainer:
         stats = []
         for slot in self.owned:
             before = time.perf_counter()
-            step, of_slot, images, _ = next(stream)
+            step, of_slot, images, labels = next(stream)
             waited += time.perf_counter() - before
             assert (step, of_slot) == (self.step, slot)
-            stats.append(self._slot(slot, images))
+            stats.append(self._slot(slot, images, labels))
         gradient = self._gradients.total.div_(self.spec.train.slots)
         norm = float(torch.linalg.vector_norm(gradient))
         if not math.isfinite(norm):  # the same bits on all ranks, so all stop here
@@ -145,23 +149,24 @@ class Trainer:
         if self.step % self.spec.train.log_every == 0:
             self._log()
 
-    def _slot(self, slot: int, images: Any) -> Tensor:
+    def _slot(self, slot: int, images: Any, labels: Any) -> Tensor:
         """Forward and backward of one slot; its statistics, float64 [1 + 2 * quartiles]: loss, then sums and counts."""
         seed, step, n = self.spec.seed, self.step, len(images)
         x0 = to_model(images)
         if self.spec.data.flip:
             mirrored = noise.bits([noise.key(seed, "flip", step, slot)], n)[0] >> 31 == 1
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-        t = noise.integers([noise.key(seed, "timestep", step, slot)], n, 1, self.process.schedule.timesteps)[0]
+        t = self._timesteps(slot, n)
         eps = noise.normal([noise.key(seed, "eps", step, slot)], x0.shape)[0]
         if self.spec.model.dropout:
             torch.manual_seed(noise.key(seed, "dropout", step, slot) >> 1)
+        shown = self._labels(slot, labels)
         last = slot == self.owned[-1]
         if self.world.size > 1 and not last:
             with self._module.no_sync():
-                losses = self._backward(x0, t, eps)
+                losses = self._backward(x0, t, eps, shown)
         else:
-            losses = self._backward(x0, t, eps)
+            losses = self._backward(x0, t, eps, shown)
         if not last:
             self._gradients.add()
         elif self.world.size == 1:
@@ -174,8 +179,27 @@ class Trainer:
         sums[1].index_add_(0, quartile, torch.ones_like(losses))
         return torch.cat((losses.mean()[None], sums.flatten()))
 
-    def _backward(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        losses = self.process.loss(self._module, x0, t, eps)
+    def _timesteps(self, slot: int, n: int) -> Tensor:
+        keys = [noise.key(self.spec.seed, "timestep", self.step, slot)]
+        if self._density is None:
+            return noise.integers(keys, n, 1, self.process.timesteps)[0]
+        return timesteps.draw(self._density, noise.uniform(keys, n)[0])
+
+    def _labels(self, slot: int, labels: Any) -> Tensor | None:
+        """The labels that the network is shown, some of them hidden; None for a model without classes."""
+        if (classes := self.spec.model.classes) is None:
+            return None
+        keys = [noise.key(self.spec.seed, "label", self.step, slot)]
+        uniforms = noise.uniform(keys, len(labels))[0]
+        return dropped(torch.as_tensor(labels, dtype=torch.int64), uniforms, self.spec.train.label_dropout, classes)
+
+    def _backward(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None) -> Tensor:
+        def network(x_t: Tensor, timestep: Tensor) -> Tensor:
+            return self._module(x_t, timestep) if labels is None else self._module(x_t, timestep, labels)
+
+        losses = self._loss(self.process, network, x0, t, eps)
+        if self._density is not None:
+            losses = losses * timesteps.importance(self._density, t).to(losses)
         losses.mean().backward()
         return losses.detach().double()
 

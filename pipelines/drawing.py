@@ -1,0 +1,72 @@
+"""How a model draws image i: the one place where settings become a call of the sampler."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ddpm_core import GaussianDiffusion, UNet, noise, sample
+from ddpm_core.samplers import Callback
+from pipelines.sections import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How images are drawn; with the model, the identity of a job."""
+
+    sampler: str
+    steps: int
+    eta: float
+    spacing: str
+    clip_x0: bool
+    dynamic_threshold: float | None
+    guidance: float
+    seed: int
+    chunk: int
+    threads: int
+
+    @staticmethod
+    def of(fields: Sample, seed: int | None = None) -> "Settings":
+        """Those of a spec, with another seed where one is given."""
+        chosen = fields.model_dump(exclude={"n", "workers"})
+        return Settings(**{**chosen, **({} if seed is None else {"seed": seed})})
+
+    def key(self, index: int) -> int:
+        """The seed of image i of a job."""
+        return noise.key(self.seed, "image", index)
+
+
+def label_of(unet: UNet, index: int) -> int | None:
+    """The class of image i: each in turn, so that any number of images has them about equally often."""
+    return None if unet.config.num_classes is None else index % unet.config.num_classes
+
+
+def draw(
+    process: GaussianDiffusion,
+    unet: UNet,
+    size: int,
+    settings: Settings,
+    indices: Sequence[int],
+    seeds: Sequence[int] | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Images float32 [N, C, size, size] in about [-1, 1] for the indices of a job.
+
+    Their seeds are the job's for these indices, unless others are given.
+    """
+    labels = [label_of(unet, index) for index in indices]
+    return sample(
+        process,
+        unet,
+        shape=(unet.config.image_channels, size, size),
+        seeds=[settings.key(index) for index in indices] if seeds is None else seeds,
+        sampler=settings.sampler,
+        steps=settings.steps,
+        eta=settings.eta,
+        spacing=settings.spacing,
+        clip_x0=settings.clip_x0,
+        dynamic_threshold=settings.dynamic_threshold,
+        labels=None if unet.config.num_classes is None else [label for label in labels if label is not None],
+        guidance=settings.guidance,
+        callback=callback,
+    )
