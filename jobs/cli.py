@@ -29,7 +29,9 @@ SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="A spec file (YAML
 ModelName = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A run, a checkpoint folder, name@champion or name@VERSION.", show_default=False
+        metavar="MODEL",
+        help="A run, a checkpoint or diffusers folder, name@champion or name@VERSION.",
+        show_default=False,
     ),
 ]
 Overrides = Annotated[
@@ -138,11 +140,11 @@ def evaluate(
     from jobs.tables import show_scores
     from pipelines.data.manifest import Dataset
     from pipelines.evaluate.job import evaluate as evaluate_model
-    from pipelines.models import find_model, with_overrides
+    from pipelines.models import find_model
     from pipelines.store import Place
 
     with _session(None, storage, tracking_uri) as session:
-        found = with_overrides(find_model(model, session.store, session.tracker), overrides or ())
+        found = find_model(model, session.store, session.tracker, overrides or ())
         session.progress.start("evaluate", found.origin)
         evaluation = evaluate_model(found, Dataset.open(Place.of(against)), found.spec, session)
         session.progress.finish("evaluate", evaluation.summary())
@@ -182,7 +184,7 @@ def sample(
 ) -> None:
     """Draw images in bulk. A rerun makes the missing ones only, a larger --n extends."""
     from pipelines.drawing import Settings
-    from pipelines.models import find_model, with_overrides
+    from pipelines.models import find_model
     from pipelines.pictures import draw_grid
     from pipelines.sample import sample_job
     from pipelines.store import Place
@@ -191,13 +193,35 @@ def sample(
         for override in overrides or ():
             if (option := _SAMPLE_OPTIONS.get(override.partition("=")[0])) is not None:
                 raise UserError(f"--set {override}: here it is said by {option}")
-        found = with_overrides(find_model(model, session.store, session.tracker), overrides or ())
+        found = find_model(model, session.store, session.tracker, overrides or ())
         session.progress.start("sample", f"{n:,} images of {found.origin}, the actors start")
         settings, workers = Settings.of(found.spec.sample, seed), found.spec.sample.workers
         samples = sample_job(found, settings, n, Place.of(out), session.cluster, workers, session.progress)
         grid = draw_grid(samples)
         session.progress.finish("sample", f"{n:,} images, grid at {grid}")
     _print(as_json, {**asdict(samples), "grid": str(grid)}, lambda: print(f"{samples.out}  {samples.sha256}"))
+
+
+@app.command()
+def export(
+    model: ModelName,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; must not be there yet.")],
+    form: Annotated[str, typer.Option("--format", help="`diffusers`: a folder that DDPMPipeline loads.")] = "diffusers",
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in the format of another library."""
+    from pipelines.interop import export_diffusers
+    from pipelines.models import find_model
+
+    if form != "diffusers":
+        raise UserError(f"--format {form}: only diffusers can be written")
+    with _session(None, storage, tracking_uri) as session:
+        found = find_model(model, session.store, session.tracker, overrides or ())
+        files = export_diffusers(found, out)
+    _print(as_json, {"out": out, "model": found.origin, "files": files}, lambda: print(f"{out}  {found.origin}"))
 
 
 @app.command()

@@ -72,6 +72,11 @@ def build_config(model: Model, data: Data, diffusion: Diffusion) -> UNetConfig:
         dropout=model.dropout,
         groups=model.groups,
         num_classes=model.classes,
+        null_class=model.null_class,
+        norm_eps=model.norm_eps,
+        time_sine_first=model.time_sine_first,
+        time_frequency_shift=model.time_frequency_shift,
+        asymmetric_downsample=model.asymmetric_downsample,
         learned_variance=diffusion.variance == "learned_range",
     )
 

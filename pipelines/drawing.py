@@ -28,7 +28,7 @@ class Settings:
     @staticmethod
     def of(fields: Sample, seed: int | None = None) -> "Settings":
         """Those of a spec, with another seed where one is given."""
-        chosen = fields.model_dump(exclude={"n", "workers"})
+        chosen = fields.model_dump(exclude={"n", "workers", "ema_length"})
         return Settings(**{**chosen, **({} if seed is None else {"seed": seed})})
 
     def key(self, index: int) -> int:

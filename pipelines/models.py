@@ -14,9 +14,11 @@ import safetensors.torch
 import torch
 
 from ddpm_core import GaussianDiffusion, UNet
+from pipelines.averages import averaged
 from pipelines.build import build_model, build_process
 from pipelines.errors import UserError
 from pipelines.fields import apply_overrides
+from pipelines.interop import is_diffusers
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import DamageError, Place, identity, sha256
 from pipelines.tracking import Tracker
@@ -25,7 +27,7 @@ from pipelines.train.run import Run, find_run
 
 CONFIG = "config.json"
 WEIGHTS = "ema.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Model:
     """A safetensors file."""
     dataset_digest: str
     origin: str
+    average: str
+    """Which average of a run's weights these are, in words."""
 
     @property
     def digest(self) -> str:
@@ -68,6 +72,7 @@ class Model:
             "dataset_digest": self.dataset_digest,
             "model_digest": self.digest,
             "origin": self.origin,
+            "average": self.average,
             "torch": torch.__version__,
         }
 
@@ -76,46 +81,59 @@ class Model:
         """The model of a stored config and weights. DamageError where they do not belong together."""
         if config.get("format") != FORMAT:
             raise UserError(f"{where}: model format {config.get('format')}, this version reads {FORMAT}")
-        model = Model(parse_spec(config["spec"], where), weights, config["dataset_digest"], config["origin"])
+        said = (config[name] for name in ("dataset_digest", "origin", "average"))
+        model = Model(parse_spec(config["spec"], where), weights, *said)
         if model.digest != config["model_digest"]:
             raise DamageError(f"{where}: the weights do not match the recorded sha256 {config['model_digest']}")
         return model
 
 
-def of_checkpoint(run: Run, step: int) -> Model:
-    """The moving average of a run's checkpoint."""
-    description = run.description()
-    weights = run.checkpoints.at(step).read_folder(EMA)[EMA]
-    spec = parse_spec(description["spec"], str(run.place))
-    return Model(spec, weights, description["dataset_digest"], f"{run.name}/{step}")
+def of_checkpoint(run: Run, step: int, spec: Spec | None = None) -> Model:
+    """A moving average of a run's checkpoint: that which the spec, by default the recorded one, draws with."""
+    spec = spec or run.spec()
+    weights, average = averaged(run, step, spec)
+    return Model(spec, weights, run.description()["dataset_digest"], f"{run.name}/{step}", average)
 
 
-def find_model(text: str, store: Place, tracker: Tracker) -> Model:
-    """The MODEL of the command line. UserError where there is none."""
+def find_model(text: str, store: Place, tracker: Tracker, overrides: Sequence[str] = ()) -> Model:
+    """The MODEL of the command line, with fields of its recorded spec set anew: how it is sampled and evaluated, not
+    what it is. UserError where there is none.
+    """
+    for override in overrides:
+        if override.split(".")[0] not in ("sample", "evaluate", "promote"):
+            raise UserError(f"--set {override}: of a model, only sample, evaluate and promote can be set")
+    model, of_run = _find(text, store, tracker)
+    if not overrides:
+        return model
+    spec = parse_spec(apply_overrides(model.spec.model_dump(mode="json"), overrides), text)
+    if spec.sample.ema_length == model.spec.sample.ema_length:
+        return replace(model, spec=spec)
+    if of_run is None:
+        raise UserError("--set sample.ema_length: this model's weights are one average; name the run they come from")
+    return of_checkpoint(*of_run, spec)
+
+
+def _find(text: str, store: Place, tracker: Tracker) -> tuple[Model, tuple[Run, int] | None]:
+    """The model, and the run and step it is of, where it is known by them."""
+    if is_diffusers(text):
+        from pipelines.foreign import of_diffusers
+
+        return of_diffusers(text), None
     if "@" in text and not Path(text).exists():
         from pipelines.registry.register import download
 
         name, _, version = text.partition("@")
-        return download(name, version, tracker.existing())
+        return download(name, version, tracker.existing()), None
     if (Path(text) / EMA).exists():
         folder = Place.of(text)
         if not folder.name.isdigit() or not (folder.path.parent.parent / "run.json").exists():
             raise UserError(f"MODEL {text}: this checkpoint is not in its run's folder, whose run.json says what it is")
-        return of_checkpoint(Run(Place(folder.path.parent.parent)), int(folder.name))
-    given = Path(text)
-    run = Run(Place.of(given)) if (given / "run.json").exists() else find_run(text, store)
-    return of_checkpoint(run, run.last_step())
-
-
-def with_overrides(model: Model, overrides: Sequence[str]) -> Model:
-    """The model with fields of its recorded spec set anew: how it is sampled and evaluated, not what it is."""
-    if not overrides:
-        return model
-    for override in overrides:
-        if override.split(".")[0] not in ("sample", "evaluate", "promote"):
-            raise UserError(f"--set {override}: of a model, only sample, evaluate and promote can be set")
-    fields = apply_overrides(model.spec.model_dump(mode="json"), overrides)
-    return replace(model, spec=parse_spec(fields, model.origin))
+        run, step = Run(Place(folder.path.parent.parent)), int(folder.name)
+    else:
+        given = Path(text)
+        run = Run(Place.of(given)) if (given / "run.json").exists() else find_run(text, store)
+        step = run.last_step()
+    return of_checkpoint(run, step), (run, step)
 
 
 def dump_config(model: Model) -> bytes:

@@ -1,7 +1,7 @@
 """The main job: ingest -> train -> evaluate -> sample -> register -> promote, each a content-addressed step."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.data.ingest import ingest
@@ -13,7 +13,7 @@ from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.steps import Done, Step, Steps
 from pipelines.store import Place, identity, sha256
-from pipelines.train.run import Run
+from pipelines.train.run import Run, training_identity
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def run(spec: Spec, session: Session) -> Result:
     trained = steps.run(train_step(spec, dataset, session))
     training = Run(session.store / "runs" / trained.outputs["run"])
     # The run's own record has the spec it was first trained by; sampling and gates are those of this one.
-    model = replace(of_checkpoint(training, trained.outputs["step"]), spec=spec)
+    model = of_checkpoint(training, trained.outputs["step"], spec)
     evaluated = steps.run(evaluate_step(spec, dataset, model, session))
     sampled = steps.run(sample_step(spec, dataset, model, training, session))
     registered = steps.run(register_step(spec, dataset, model, training, evaluated, session))
@@ -170,7 +170,7 @@ def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
         name="train",
         version=1,
         inputs={
-            **spec.training_fields(),
+            **training_identity(spec),
             "dataset": dataset.digest,
             "steps": spec.train.total_steps,
             "name": spec.name,

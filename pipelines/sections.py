@@ -56,6 +56,13 @@ class Model(Section):
     groups: PositiveInt = 32
     classes: PositiveInt | None = None
     """Classes of a class-conditional model, those of the dataset; by default the model knows none."""
+    null_class: bool = True
+    """Whether a class-conditional model can also be asked of no class, which guidance needs."""
+    # Where networks trained by others differ.
+    norm_eps: PositiveFloat = 1e-5
+    time_sine_first: bool = False
+    time_frequency_shift: Annotated[int, Field(ge=0)] = 0
+    asymmetric_downsample: bool = False
 
 
 class Linear(Section):
@@ -178,6 +185,11 @@ class Train(Section):
     """Share of the labels hidden from a class-conditional model, which is what guidance steers away from."""
     ema_half_life: PositiveInt = 20_000
     """Images after which a weight counts half in the moving average."""
+    ema_profiles: list[Annotated[float, Field(gt=0, lt=0.288)]] = []
+    """Widths (sigma_rel) of power-function averages kept beside it, say [0.05, 0.1]: of their snapshots at every
+    checkpoint, an average of any other length is made after training, see `sample.ema_length`."""
+    init_from: str | None = None
+    """Folder of the first weights: a checkpoint, whose average is taken, or one of diffusers' DDPMPipeline."""
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "Train":
@@ -197,6 +209,9 @@ class Train(Section):
 class Sample(Section):
     n: PositiveInt = 1000
     seed: int = 0
+    ema_length: Annotated[float, Field(gt=0, lt=0.288)] | None = None
+    """Length (sigma_rel) of the average that is drawn with, made of the snapshots of `train.ema_profiles`; by default
+    the one by half-life."""
     sampler: Literal["ddim", "ancestral", "dpmpp_2m"] = "ddim"
     steps: PositiveInt = 50
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0

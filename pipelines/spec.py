@@ -53,6 +53,10 @@ class Spec(Section):
     def _parts_fit(self) -> "Spec":
         self._check_model()
         self._check_loss()
+        if self.sample.ema_length is not None and not self.train.ema_profiles:
+            raise ValueError(
+                "sample.ema_length: an average of another length needs train.ema_profiles, say [0.05, 0.1]"
+            )
         timesteps, sample = self.diffusion.timesteps, self.sample
         if sample.steps > timesteps:
             raise ValueError(f"sample.steps: {sample.steps} is more than diffusion.timesteps = {timesteps}")
@@ -154,6 +158,8 @@ def resolve_paths(spec: Spec) -> Spec:
         changes["data"] = spec.data.model_copy(update={"source": absolute(spec.data.source)})
     if spec.storage is not None and "://" not in spec.storage:
         changes["storage"] = absolute(spec.storage)
+    if spec.train.init_from is not None:
+        changes["train"] = spec.train.model_copy(update={"init_from": absolute(spec.train.init_from)})
     if spec.tracking.uri is not None:
         changes["tracking"] = spec.tracking.model_copy(update={"uri": absolute_uri(spec.tracking.uri)})
     return spec.model_copy(update=changes)

@@ -3,8 +3,8 @@
 Training losses of different schedules are sums over different noise levels and say nothing about each other, so trials
 are scored by bits/dim on the same held-out images, with the Frechet distance of their samples beside it.
 
-One-worker trials run the loop in Tune's own actor; larger ones start a Ray Train group from there. Which trials an
-early-stopping scheduler ends depends on the order in which they report; what each trial computes does not.
+What a trial does is in `pipelines/trial.py`. Which trials an early-stopping scheduler ends depends on the order in
+which they report; what each trial computes does not.
 """
 
 import itertools
@@ -18,23 +18,20 @@ from typing import Any
 from ddpm_core import noise
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed, UserError, one_line
-from pipelines.evaluate.job import MEASURE, feature_net, held_out_bits, sampled_frechet
+from pipelines.evaluate.job import MEASURE, feature_net
 from pipelines.fields import set_field
-from pipelines.models import of_checkpoint
 from pipelines.session import Session
 from pipelines.spec import Spec, Sweep, dump_spec, parse_spec
 from pipelines.steps import Step
 from pipelines.store import Place, identity
-from pipelines.train.driver import fit
-from pipelines.train.loop import LIVE, Trainer, train
-from pipelines.train.run import Run
+from pipelines.train.loop import LIVE
+from pipelines.train.run import Run, training_identity
+from pipelines.trial import CLOCK, METRIC, run_trial
 
-METRIC = "bits_per_dim"
 _OF_TRAINING = tuple(
     f"train.{name}" for name in ("learning_rate", "warmup_images", "weight_decay", "grad_clip", "ema_half_life")
 )
 """Fields of `train` that may be swept: not those that say how much is trained, or by whom."""
-CLOCK = "images"
 _WATCH_SECONDS = 0.5
 _TRIAL_CPU = 0.01
 """CPUs of a trial that only starts a group of workers; Tune refuses none at all."""
@@ -64,7 +61,7 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
     inputs = {
         "name": spec.name,
         "dataset": dataset.digest,
-        "trials": [trial.training_fields() for _, trial in trials],
+        "trials": [training_identity(trial) for _, trial in trials],
         "images": spec.train.total_steps * spec.train.global_batch,
         "sweep": spec.sweep.model_dump(mode="json"),
         "measure": MEASURE,
@@ -136,7 +133,7 @@ def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Tri
         "frechet_images": spec.sweep.frechet_images,
     }
     tuner = tune.Tuner(
-        tune.with_resources(_trial, _resources(spec)),
+        tune.with_resources(run_trial, _resources(spec)),
         param_space={
             "trial": tune.grid_search([trial.model_dump(mode="json") for _, trial in trials]),
             **setting,
@@ -187,66 +184,6 @@ def _draws(sweep: Sweep, seed: int) -> list[dict[str, Any]]:
     keys = noise.bits([noise.key(seed, "sweep")], len(grid))[0].tolist()
     chosen = sorted(range(len(grid)), key=lambda i: (keys[i], i))[: sweep.trials]
     return [grid[i] for i in chosen]
-
-
-# --- inside a trial ---
-
-
-def _trial(config: Mapping[str, Any]) -> None:
-    """Train one trial, reporting its held-out bits/dim at every checkpoint, then score its samples."""
-    spec = parse_spec(config["trial"])
-    dataset, store = Dataset.open(Place.of(config["dataset"])), Place.of(config["store"])
-    run = Run.of(spec, dataset.digest, store)
-    try:
-        with run.driving():
-            _train(spec, dataset, run)
-    except Failed as diverged:  # a result, and the same one however often it is tried
-        images = (run.checkpoints.latest_step() or 0) * spec.train.global_batch
-        _tune_report({CLOCK: images, METRIC: math.inf, "finished": 0, "diverged": str(diverged)})
-        return
-    run.checkpoints.pin(spec.train.total_steps)
-    model = of_checkpoint(run, spec.train.total_steps)
-    bits = held_out_bits(model, dataset, spec)
-    frechet = sampled_frechet(model, dataset, spec, store, config["frechet_images"])
-    _tune_report(
-        {CLOCK: spec.train.total_steps * spec.train.global_batch, METRIC: bits, "frechet": frechet, "finished": 1}
-    )
-
-
-def _train(spec: Spec, dataset: Dataset, run: Run) -> None:
-    if spec.train.workers == 1:
-        train(spec, dataset, run, at_checkpoint=_report)
-    else:
-        from ray.tune.integration.ray_train import TuneReportCallback
-
-        fit(spec, dataset, run, callbacks=[TuneReportCallback()], at_checkpoint=_report_from_worker)
-
-
-def _report(trainer: Trainer) -> None:
-    if trainer.step < trainer.spec.train.total_steps:  # the last score is reported with the Frechet distance
-        _tune_report(_figures(trainer))
-
-
-def _report_from_worker(trainer: Trainer) -> None:
-    """The same from inside a group: every rank reports, as Ray Train wants it, and rank 0's figures count."""
-    import ray.train
-
-    ray.train.report(_figures(trainer) if trainer.world.rank == 0 else {})
-
-
-def _figures(trainer: Trainer) -> dict[str, float]:
-    model = of_checkpoint(trainer.run, trainer.step)
-    bits = held_out_bits(model, trainer.dataset, trainer.spec)
-    return {CLOCK: trainer.images, METRIC: bits, "finished": 0}
-
-
-def _tune_report(figures: Mapping[str, Any]) -> None:
-    from ray import tune
-
-    tune.report(dict(figures))
-
-
-# --- around the trials ---
 
 
 def _resources(spec: Spec) -> dict[str, float]:

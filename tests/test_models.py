@@ -19,7 +19,7 @@ SETTINGS = Settings.of(Sample(sampler="ancestral", steps=4))
 
 def model(**diffusion: str) -> Model:
     fields = {"timesteps": 50, "schedule": {"kind": "cosine"}, **diffusion}
-    return Model(tiny_spec(diffusion=fields), b"the same weights", "no-data", "test")
+    return Model(tiny_spec(diffusion=fields), b"the same weights", "no-data", "test", "none")
 
 
 def small_dataset(place: Place) -> Dataset:

@@ -34,7 +34,7 @@ def model() -> Model:
         name: value + 0.05 * noise.normal([noise.key(1, name)], tuple(value.shape))[0]
         for name, value in build_model(spec).state_dict().items()
     }
-    return Model(spec, safetensors.torch.save(weights), "no-data", "test")
+    return Model(spec, safetensors.torch.save(weights), "no-data", "test", "none")
 
 
 def draw(model: Model, n: int, out: Path, cluster: Cluster, workers: int = 2, **settings: object) -> Samples:

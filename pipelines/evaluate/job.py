@@ -72,7 +72,7 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
     provenance = {
         "model_digest": model.digest,
         "dataset_digest": dataset.digest,
-        "ema": f"half-life {model.spec.train.ema_half_life} images",
+        "ema": model.average,
         **spec.sample.model_dump(mode="json", exclude={"n", "workers", "threads", "seed"}),
         "sample_seed": spec.sample.seed,
     }

@@ -1,14 +1,14 @@
 """Checkpoints: the whole state of a run after a step, nothing per worker, nothing pickled.
 
 A folder named by the step: `model.safetensors` (live weights), `ema.safetensors`, `optimizer.safetensors`,
-`state.json`, and `MANIFEST.json` with the sha256 of each. It appears whole or not at all; a damaged one is named and
-passed over for the one before it.
+`profiles.safetensors` (where power-function averages are kept), `state.json`, and `MANIFEST.json` with the sha256 of
+each. It appears whole or not at all; a damaged one is named and passed over for the one before it.
 """
 
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -20,6 +20,7 @@ from pipelines.store import MANIFEST, DamageError, Place
 FORMAT = 1
 _PINS = "pins"
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+PROFILES = "profiles.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class Checkpoint:
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    profiles: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Power-function averages by their sigma_rel."""
     environment: Mapping[str, Any]
     """What it was computed on; for the reader, never read back into a run."""
 
@@ -41,6 +44,8 @@ class Checkpoints:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self.snapshots = Place(place.path.parent) / "ema"
+        """Every checkpoint's power-function averages, never thinned out: any length is made of them afterwards."""
 
     def at(self, step: int) -> Place:
         return self.place / f"{step:09d}"
@@ -61,8 +66,12 @@ class Checkpoints:
             MODEL: _tensors(checkpoint.model),
             EMA: _tensors(checkpoint.ema),
             OPTIMIZER: _tensors(checkpoint.optimizer),
+            **({PROFILES: _tensors(_flattened(checkpoint.profiles))} if checkpoint.profiles else {}),
             STATE: (json.dumps(state, indent=2, sort_keys=True) + "\n").encode(),
         }
+        if checkpoint.profiles:  # first: after a kill between the two, the step is made again
+            snapshot = {PROFILES: files[PROFILES], STATE: files[STATE]}
+            (self.snapshots / f"{checkpoint.step:09d}").commit_folder(snapshot)
         self.at(checkpoint.step).commit_folder(files)
         # Only what this one supersedes: a later one that was passed over as damaged is not a reason to lose it.
         pinned = set((self.place / _PINS).list())
@@ -70,13 +79,22 @@ class Checkpoints:
             if str(step) not in pinned:
                 self.at(step).remove()
 
+    def snapshot(self, step: int) -> tuple[int, dict[float, dict[str, Tensor]]]:
+        """Images seen at a step, and its power-function averages by sigma_rel."""
+        files = (self.snapshots / f"{step:09d}").read_folder()
+        return json.loads(files[STATE])["images"], profiles_of(files[PROFILES])
+
+    def snapshot_steps(self) -> list[int]:
+        """Steps whose power-function averages are kept, rising."""
+        return sorted(int(n) for n in self.snapshots.list() if n.isdigit())
+
     def pin(self, step: int) -> None:
         """Keep a step's checkpoint for good: some run's end, which a longer run must not thin out."""
         (self.place / _PINS / str(step)).claim(b"")
 
     def load(self, step: int) -> Checkpoint:
         """The checkpoint of a step, every file verified. DamageError names what is wrong."""
-        files = self.at(step).read_folder(MODEL, EMA, OPTIMIZER, STATE)
+        files = self.at(step).read_folder()
         state = json.loads(files[STATE])
         if state["format"] != FORMAT:
             raise UserError(f"{self.at(step) / STATE} has format {state['format']}: this version reads {FORMAT}")
@@ -86,6 +104,7 @@ class Checkpoints:
             model=safetensors.torch.load(files[MODEL]),
             ema=safetensors.torch.load(files[EMA]),
             optimizer=safetensors.torch.load(files[OPTIMIZER]),
+            profiles=profiles_of(files[PROFILES]) if PROFILES in files else {},
             environment=state["environment"],
         )
 
@@ -119,6 +138,19 @@ class Checkpoints:
     def digests(self, step: int) -> dict[str, str]:
         """sha256 of each file of a step's checkpoint, by its manifest."""
         return (self.at(step) / MANIFEST).read_json()["files"]
+
+
+def profiles_of(data: bytes) -> dict[float, dict[str, Tensor]]:
+    """Power-function averages, by rising sigma_rel, of a `profiles.safetensors`, which keeps no order."""
+    profiles: dict[float, dict[str, Tensor]] = {}
+    for name, tensor in safetensors.torch.load(data).items():
+        width, _, parameter = name.partition("/")
+        profiles.setdefault(float(width), {})[parameter] = tensor
+    return dict(sorted(profiles.items()))
+
+
+def _flattened(profiles: Mapping[float, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{width!r}/{name}": tensor for width, named in profiles.items() for name, tensor in named.items()}
 
 
 def _tensors(tensors: Mapping[str, Tensor]) -> bytes:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_core import Ema, noise, timesteps
+from ddpm_core import noise, timesteps
 from ddpm_core.guidance import dropped
 from pipelines.build import build_loss, build_model, build_process
 from pipelines.data.manifest import Dataset
@@ -25,10 +25,11 @@ from pipelines.data.reader import Reader, SlotStream
 from pipelines.errors import Failed
 from pipelines.spec import Spec
 from pipelines.store import Place
-from pipelines.train.checkpoint import Checkpoint
+from pipelines.train.initial import initial_weights
 from pipelines.train.journal import Row
 from pipelines.train.reduce import SlotGradients, tree_sum
 from pipelines.train.run import Run, environment
+from pipelines.train.state import State
 
 LIVE = "live.json"
 _LIVE_SECONDS = 0.5
@@ -85,26 +86,12 @@ class Trainer:
         even = spec.train.timesteps == "uniform"
         self._density = None if even else timesteps.vlb_density(self.process)
         self.model = build_model(spec)
-        self.names = [name for name, _ in self.model.named_parameters()]
         self.parameters = list(self.model.parameters())
-        # One flat vector holds all weights; the model's parameters are views of it. The optimizer and the moving
-        # average then touch one tensor instead of hundreds.
-        self.weights = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in self.parameters]))
-        self.optimizer = torch.optim.AdamW(
-            [self.weights], lr=spec.train.learning_rate, weight_decay=spec.train.weight_decay, fused=True
-        )
-        self.optimizer.state[self.weights] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(self.weights),
-            "exp_avg_sq": torch.zeros_like(self.weights),
-        }
-        self.ema = Ema([self.weights.detach()], half_life=spec.train.ema_half_life)
-        self.step = self.images = 0
+        self.state = State(self.model, spec.train)
         self.owned = owned_slots(world.rank, world.size, spec.train.slots)
         self._data = Reader(dataset.split("train"))
         self._order = dataset.split("train").order(spec.data.window, spec.seed)
         self._resume()
-        self._point_model_at_weights()
         self._gradients = SlotGradients(self.parameters)
         self._module: Any = self.model
         if world.size > 1:
@@ -115,6 +102,16 @@ class Trainer:
         self._rows: list[Row] = []
         self._live_at = 0.0
         self._mark = (time.perf_counter(), self.images)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.state.step
+
+    @property
+    def images(self) -> int:
+        """Images seen."""
+        return self.state.images
 
     # --- the step ---
 
@@ -139,12 +136,7 @@ class Trainer:
         if self.spec.train.grad_clip is not None and norm > self.spec.train.grad_clip:
             gradient.mul_(self.spec.train.grad_clip / norm)
         rate = self._learning_rate()
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.weights.grad = gradient
-        self.optimizer.step()
-        self.step += 1
-        self.images += self.spec.train.global_batch
-        self.ema.update([self.weights], self.images, self.spec.train.global_batch)
+        self.state.advance(gradient, rate)
         self._pending.append((torch.stack(stats), waited, _now_ms(), {"gradient_norm": norm, "learning_rate": rate}))
         if self.step % self.spec.train.log_every == 0:
             self._log()
@@ -262,18 +254,7 @@ class Trainer:
             if self.run.newest_attempt() > self.attempt:
                 raise RuntimeError(f"attempt {self.attempt} of run {self.run.name} was superseded: it writes no more")
             self.run.journal.commit(self.attempt, self._rows)
-            state = self.optimizer.state[self.weights]
-            checkpoint = Checkpoint(
-                step=self.step,
-                images=self.images,
-                model=self._named(self.weights.detach()),
-                ema=self._named(self.ema.tensors[0]),
-                optimizer={
-                    **self._named(state["exp_avg"], "exp_avg."),
-                    **self._named(state["exp_avg_sq"], "exp_avg_sq."),
-                },
-                environment={**environment(), "threads": self.spec.train.threads},
-            )
+            checkpoint = self.state.checkpoint({**environment(), "threads": self.spec.train.threads})
             self.run.checkpoints.save(checkpoint, keep=self.spec.train.keep_checkpoints)
         self._rows.clear()
 
@@ -297,32 +278,10 @@ class Trainer:
         if self.world.size > 1:
             dist.broadcast_object_list(found, src=0)
         self.attempt, step = found
-        if step is None:
-            return
-        checkpoint = self.run.checkpoints.load(step)
-        self.step, self.images = checkpoint.step, checkpoint.images
-        state = self.optimizer.state[self.weights]
-        with torch.no_grad():
-            self.weights.copy_(self._flat(checkpoint.model))
-            self.ema.tensors[0].copy_(self._flat(checkpoint.ema))
-            state["step"].fill_(float(checkpoint.step))
-            state["exp_avg"].copy_(self._flat(checkpoint.optimizer, "exp_avg."))
-            state["exp_avg_sq"].copy_(self._flat(checkpoint.optimizer, "exp_avg_sq."))
-
-    def _point_model_at_weights(self) -> None:
-        views = self._named(self.weights.detach())
-        for name, parameter in self.model.named_parameters():
-            parameter.data = views[name]
-
-    def _named(self, flat: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        pieces = flat.split([p.numel() for p in self.parameters])
-        return {
-            prefix + name: piece.view(p.shape)
-            for name, piece, p in zip(self.names, pieces, self.parameters, strict=True)
-        }
-
-    def _flat(self, named: Mapping[str, Tensor], prefix: str = "") -> Tensor:
-        return torch.cat([named[prefix + name].reshape(-1) for name in self.names])
+        if step is not None:
+            self.state.load(self.run.checkpoints.load(step))
+        elif self.spec.train.init_from is not None:
+            self.state.start_from(initial_weights(self.spec.train.init_from))
 
 
 def _log_snr_quartiles(log_snr: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Run:
     @staticmethod
     def of(spec: Spec, dataset_digest: str, store: Place) -> "Run":
         """The run of a spec on a dataset."""
-        fields = {"format": FORMAT, "dataset": dataset_digest, **spec.training_fields()}
+        fields = {"format": FORMAT, "dataset": dataset_digest, **training_identity(spec)}
         return Run(store / "runs" / f"{spec.name}-{identity(fields)[:12]}")
 
     def describe(self, spec: Spec, dataset_digest: str) -> None:
@@ -84,6 +84,16 @@ class Run:
     def newest_attempt(self) -> int:
         """The highest number claimed; 0 before the first."""
         return max((int(n) for n in (self.place / "attempts").list()), default=0)
+
+
+def training_identity(spec: Spec) -> dict[str, Any]:
+    """The spec's fields that decide a run's weights, with the first weights' digest in place of where they lie."""
+    fields = spec.training_fields()
+    if (folder := spec.train.init_from) is not None:
+        from pipelines.train.initial import initial_digest  # loads torch
+
+        fields["train"]["init_from"] = initial_digest(folder)
+    return fields
 
 
 def find_run(name: str, store: Place) -> Run:

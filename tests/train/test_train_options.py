@@ -1,0 +1,151 @@
+"""What may be trained beside the plain model: classes, a learned variance, averages of any length, others' weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipelines.cluster import Cluster
+from pipelines.data.ingest import ingest
+from pipelines.data.manifest import Dataset
+from pipelines.drawing import Settings, draw
+from pipelines.errors import UserError
+from pipelines.evaluate.job import held_out_bits
+from pipelines.interop import export_diffusers
+from pipelines.models import find_model, of_checkpoint
+from pipelines.progress import Progress
+from pipelines.session import open_session
+from pipelines.spec import Spec
+from pipelines.store import Place
+from pipelines.train.driver import train as drive
+from pipelines.train.loop import train
+from pipelines.train.run import Run
+from tests.conftest import tiny_fields, tiny_spec
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    out = Place.of(tmp_path_factory.mktemp("data") / "digits")
+    return ingest("digits", out, image_size=8, channels=1, held_out=0.4, shard_images=100)
+
+
+def conditional_spec(**train_fields: object) -> Spec:
+    fields = tiny_fields()
+    return tiny_spec(
+        model={**fields["model"], "classes": 10},
+        diffusion={**fields["diffusion"], "variance": "learned_range"},
+        train={
+            **fields["train"],
+            "images": 320,
+            "loss": "hybrid",
+            "timesteps": "importance",
+            "label_dropout": 0.2,
+            "ema_profiles": [0.05, 0.1],
+            **train_fields,
+        },
+    )
+
+
+def trained(spec: Spec, dataset: Dataset, store: Path, stop_at: int | None = None) -> Run:
+    run = Run.of(spec, dataset.digest, Place.of(store))
+    run.describe(spec, dataset.digest)
+    if stop_at is not None:
+        stopped = spec.model_copy(update={"train": spec.train.model_copy(update={"images": stop_at})})
+        train(stopped, dataset, run)
+    train(spec, dataset, run)
+    return run
+
+
+def test_a_stop_changes_no_bit_of_a_conditional_model_with_learned_variance(dataset: Dataset, tmp_path: Path) -> None:
+    spec = conditional_spec()
+    one, two = trained(spec, dataset, tmp_path / "a"), trained(spec, dataset, tmp_path / "b", stop_at=160)
+    ours, theirs = one.checkpoints.digests(10), two.checkpoints.digests(10)
+    assert "profiles.safetensors" in ours
+    assert {n: d for n, d in ours.items() if n != "state.json"} == {
+        n: d for n, d in theirs.items() if n != "state.json"
+    }
+    rows = [(row.step, row.exact) for row in one.journal.read(10)]
+    assert rows == [(row.step, row.exact) for row in two.journal.read(10)]
+    assert one.checkpoints.snapshot_steps() == [5, 10]
+
+
+def test_a_conditional_model_is_drawn_and_scored_by_class(dataset: Dataset, tmp_path: Path) -> None:
+    spec = conditional_spec(images=960, learning_rate=5e-3)
+    model = of_checkpoint(trained(spec, dataset, tmp_path), 30)
+    process, unet = model.build()
+    settings = Settings.of(spec.sample.model_copy(update={"sampler": "ancestral", "guidance": 2.0}))
+    seeds = [3] * 10
+    images = draw(process, unet, 8, settings, range(10), seeds=seeds)
+    assert len({tuple(image.flatten().tolist()) for image in images}) == 10, "the same noise, ten classes"
+    one, two = (draw(process, unet, 8, settings, [i], seeds=[3])[0] for i in (4, 14))
+    assert torch.equal(one, two), "image 14 is of class 4"
+    assert 0 < held_out_bits(model, dataset, spec) < 20
+
+
+def test_classes_are_those_of_the_dataset(dataset: Dataset, tmp_path: Path) -> None:
+    fields = tiny_fields()
+    spec = tiny_spec(model={**fields["model"], "classes": 9})
+    with Cluster(None) as unused:
+        session = open_session(unused, Progress(), spec, str(tmp_path))
+        with pytest.raises(UserError, match=r"model\.classes: 9, but the images have 10 classes"):
+            drive(spec, dataset, session.store, unused, session.tracker, Progress())
+
+
+def test_an_average_of_another_length_is_made_after_training(dataset: Dataset, tmp_path: Path) -> None:
+    """As if it had been kept from the start; it decides how a run is drawn, not what it learns."""
+    fields = {"train__images": 1920, "train__ema_profiles": [0.05, 0.1]}
+    run = trained(tiny_spec(**fields), dataset, tmp_path / "a")
+    wanted = tiny_spec(**fields, sample__ema_length=0.07)
+    assert Run.of(wanted, dataset.digest, Place.of(tmp_path / "a")).name == run.name
+    made = of_checkpoint(run, 60, wanted)
+    assert made.average == "power function, sigma_rel 0.07"
+
+    kept = trained(tiny_spec(**{**fields, "train__ema_profiles": [0.07]}), dataset, tmp_path / "b")
+    assert kept.checkpoints.digests(60)["model.safetensors"] == run.checkpoints.digests(60)["model.safetensors"]
+    direct = kept.checkpoints.load(60).profiles[0.07]
+    weights = safetensors.torch.load(made.weights)
+
+    def away(tensors: Mapping[str, Tensor]) -> float:
+        return sum(float((tensors[n] - direct[n]).square().sum()) for n in direct) ** 0.5
+
+    others = [run.checkpoints.load(60).model, *run.checkpoints.load(60).profiles.values()]
+    assert away(weights) < 0.1 * min(away(other) for other in others)
+
+    with pytest.raises(UserError, match=r"make 0\.2 with an error of"):
+        of_checkpoint(run, 5, tiny_spec(**fields, sample__ema_length=0.2))  # of the first snapshots alone
+
+
+def test_a_run_goes_on_from_a_model_made_elsewhere(dataset: Dataset, tmp_path: Path) -> None:
+    first = trained(tiny_spec(train__images=320), dataset, tmp_path)
+    model = of_checkpoint(first, 10)
+    export_diffusers(model, tmp_path / "exported")
+    checkpoint = str(first.checkpoints.at(10))
+    from_checkpoint, from_folder = (
+        tiny_spec(train__images=320, train__init_from=folder) for folder in (checkpoint, str(tmp_path / "exported"))
+    )
+    run = trained(from_checkpoint, dataset, tmp_path)
+    assert run.name != first.name
+    assert Run.of(from_folder, dataset.digest, Place.of(tmp_path)).name == run.name, "it is the weights that count"
+    losses = [[row.exact["loss"] for row in r.journal.read(10)] for r in (first, run)]
+    assert losses[1][0] < 0.8 * losses[0][0], "the first step is not a beginner's"
+    other = tiny_spec(model={"channels": [16, 32], "groups": 8}, train__init_from=checkpoint)
+    with pytest.raises(ValueError, match="another model's"):
+        trained(other, dataset, tmp_path)
+    with pytest.raises(UserError, match="neither a checkpoint nor a folder"):
+        Run.of(tiny_spec(train__init_from=str(tmp_path)), dataset.digest, Place.of(tmp_path))
+
+
+def test_a_diffusers_folder_is_a_model_like_any_other(dataset: Dataset, tmp_path: Path) -> None:
+    spec = tiny_spec(train__images=320, diffusion={"timesteps": 50, "predict": "v", "variance": "large"})
+    model = of_checkpoint(trained(spec, dataset, tmp_path), 10)
+    export_diffusers(model, tmp_path / "exported")
+    with Cluster(None) as unused:
+        session = open_session(unused, Progress(), spec, str(tmp_path / "store"))
+        found = find_model(str(tmp_path / "exported"), session.store, session.tracker, ["sample.steps=7"])
+    assert found.spec.sample.steps == 7
+    settings = Settings.of(found.spec.sample)
+    ours, theirs = (draw(*m.build(), 8, settings, range(4)) for m in (model, found))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
