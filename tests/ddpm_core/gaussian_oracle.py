@@ -1,28 +1,80 @@
-"""Data with a known answer: pixels drawn independently from N(mean, std^2), for which the best network is a formula."""
+"""Known answers: what stands for an image in each parameterisation, and data whose best network is a formula."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from ddpm_core import GaussianDiffusion
+from ddpm_core import GaussianDiffusion, NoiseSchedule
+
+
+def answers(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """What stands for x0 [N, C, H, W] at x_t and t [N], by what is predicted. From the definitions, in float64."""
+    x0, x_t = x0.double(), x_t.double()
+    alpha_bar, alpha_bar_prev, beta = (
+        column[t - 1].view(-1, 1, 1, 1) for column in (schedule.alpha_bar, schedule.alpha_bar_prev, schedule.beta)
+    )
+    eps = (x_t - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+    # The posterior's mean, by its precisions: those of q(x_t | x_{t-1}) and q(x_{t-1} | x_0) add up.
+    likelihood, prior = (1 - beta) / beta, 1 / (1 - alpha_bar_prev)
+    weighed = (1 - beta).sqrt() / beta * x_t + prior * alpha_bar_prev.sqrt() * x0
+    mean = torch.where(alpha_bar_prev == 1, x0, weighed / (likelihood + prior))
+    return {"eps": eps, "x0": x0, "v": v, "mean": mean}
 
 
 class GaussianOracle:
-    """The network that answers with the exact conditional expectation, for the process's parameterisation."""
+    """For pixels drawn independently from N(mean, std^2): the network that answers with the exact conditional
+    expectation, in the process's parameterisation.
+
+    For a learned variance it answers, too, what makes the reverse step's variance the exact one: that of x_{t-1}
+    given x_t. `process` is the one trained on; another may be sampled.
+    """
 
     def __init__(self, process: GaussianDiffusion, mean: float, std: float) -> None:
         self.process, self.mean, self.std = process, mean, std
 
     def __call__(self, x_t: Tensor, timestep: Tensor) -> Tensor:
-        alpha_bar = self.process.schedule.alpha_bar[timestep].view(-1, 1, 1, 1)
+        schedule = self.process.schedule
+        alpha_bar, alpha_bar_prev, alpha, beta, tilde = (
+            column[timestep].view(-1, 1, 1, 1)
+            for column in (
+                schedule.alpha_bar,
+                schedule.alpha_bar_prev,
+                schedule.alpha,
+                schedule.beta,
+                schedule.posterior_variance,
+            )
+        )
         signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         x = x_t.double()
-        # x0 and x_t are jointly normal; this is the regression of x0 on x_t.
-        gain = signal * self.std**2 / (alpha_bar * self.std**2 + 1 - alpha_bar)
-        x0 = self.mean + gain * (x - signal * self.mean)
+        now, before = (a * self.std**2 + 1 - a for a in (alpha_bar, alpha_bar_prev))  # variances of x_t and x_{t-1}
+        # x0 and x_t are jointly normal; this is the regression of x0 on x_t. So for x_{t-1}.
+        x0 = self.mean + signal * self.std**2 / now * (x - signal * self.mean)
         eps = (x - signal * x0) / noise
-        return {"x0": x0, "eps": eps, "v": signal * eps - noise * x0}[self.process.predict]
+        mean = alpha_bar_prev.sqrt() * self.mean + alpha.sqrt() * before / now * (x - signal * self.mean)
+        answer = {"x0": x0, "eps": eps, "v": signal * eps - noise * x0, "mean": mean}[self.process.predict]
+        if self.process.variance != "learned_range":
+            return answer
+        # Nothing is drawn with the variance at t = 1, where beta_tilde is 0.
+        variance = before * beta / now
+        share = ((variance / tilde).log() / (beta / tilde).log()).where(tilde > 0, torch.ones_like(tilde))
+        return torch.cat((answer, (2 * share - 1).expand_as(answer)), dim=1)
+
+    def variance(self, t: int) -> float:
+        """Of the pixels of x_t; t = 0 is the data."""
+        alpha_bar = self.process.schedule.alpha_bar[t - 1].item() if t else 1.0
+        return alpha_bar * self.std**2 + 1 - alpha_bar
+
+    def flow(self, x: Tensor, start: int, end: int) -> Tensor:
+        """Where the probability-flow ODE takes x from t = start to t = end: float64, in closed form.
+
+        The ODE of linear drift keeps each pixel's standard score (Song et al. 2021, "Score-based generative modeling
+        through stochastic differential equations", section 4.3).
+        """
+        alpha_bars = [1.0, *self.process.schedule.alpha_bar.tolist()]
+        score = (x.double() - math.sqrt(alpha_bars[start]) * self.mean) / math.sqrt(self.variance(start))
+        return math.sqrt(alpha_bars[end]) * self.mean + math.sqrt(self.variance(end)) * score
 
     def expected_term(self, x0: Tensor, t: int) -> Tensor:
         """Bits per dimension of L_{t-1}, t >= 2, small variance, averaged over the noise in closed form: [N]."""

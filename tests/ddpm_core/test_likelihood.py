@@ -1,3 +1,5 @@
+"""Bits per dimension against closed forms for Gaussian data, and what is derived from them against brute force."""
+
 import math
 import statistics
 
@@ -14,7 +16,7 @@ from ddpm_core import (
     content_keys,
     mean_interval,
 )
-from ddpm_core.likelihood import BitsPerDim, _stratified, timestep_density
+from ddpm_core.likelihood import BitsPerDim, _stratified, profile, rate_distortion, timestep_density
 from tests.ddpm_core.gaussian_oracle import GaussianOracle, draw_8bit
 
 MEAN, STD = 0.1, 0.25
@@ -63,6 +65,33 @@ def test_the_bound_of_the_best_network_is_just_above_the_truth(images: torch.Ten
     assert bits.total.mean().item() > oracle.true_bits(images).mean().item()
 
 
+def even_log_snr(steps: int, first: float = 6.0, last: float = -12.0) -> NoiseSchedule:
+    return NoiseSchedule.from_alpha_bars(torch.linspace(first, last, steps, dtype=torch.float64).sigmoid())
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+@pytest.mark.parametrize("steps", [3, 8])
+def test_with_the_exact_variance_the_bound_loses_nothing_in_few_steps(predict: str, steps: int) -> None:
+    """Mean and variance of x_{t-1} given x_t make the reverse process that which undoes the forward one. All terms but
+    the decoder's then sum to KL(q(x_1 | x_0) || q(x_1)) (the chain rule of KL over x_1..x_T), whatever the steps; a
+    fixed variance costs more.
+    """
+    images, schedule = draw_8bit(300, (1, 12, 12), MEAN, STD, seed=0), even_log_snr(steps)
+    signal, noise = schedule.signal_rate[0], schedule.noise_rate[0]
+    q = torch.distributions.Normal(signal * images.double(), noise)
+    p = torch.distributions.Normal(signal * MEAN, (signal**2 * STD**2 + noise**2).sqrt())
+    truth = torch.distributions.kl_divergence(q, p).mean().item() / math.log(2)
+
+    def spent(variance: str) -> float:
+        process = GaussianDiffusion(schedule, predict, variance)
+        bits = bits_per_dim(process, GaussianOracle(process, MEAN, STD), images, seed=2, clip_x0=False)
+        return (bits.total - bits.terms[:, 0]).mean().item()
+
+    # 43,200 pixels, each term's noise worth about a bit: a standard error of 0.005.
+    assert spent("learned_range") == pytest.approx(truth, abs=0.02)
+    assert min(spent("small"), spent("large")) > truth + 0.1
+
+
 def test_a_worse_network_has_more_bits(process: GaussianDiffusion, images: torch.Tensor, exact: BitsPerDim) -> None:
     worse = bits_per_dim_estimate(process, GaussianOracle(process, -0.2, 0.1), images, 1, 20, clip_x0=False)
     assert worse.mean() > exact.total.mean() + 0.1
@@ -91,6 +120,17 @@ def test_estimate_of_a_network_that_knows_nothing_is_unbiased_too() -> None:
     assert (error < 4 * (runs.var(0) / 80 + exact.var(0) / 8).sqrt()).all()
 
 
+@pytest.mark.parametrize(("predict", "variance"), [("mean", "small"), ("mean", "large"), ("v", "learned_range")])
+def test_the_estimate_agrees_for_every_kind_of_process(images: torch.Tensor, predict: str, variance: str) -> None:
+    process = GaussianDiffusion(NoiseSchedule.cosine(40), predict, variance)
+    oracle = GaussianOracle(process, MEAN, STD)
+    exact = torch.stack([bits_per_dim(process, oracle, images, seed).total for seed in range(4)]).mean(1)
+    runs = torch.stack([bits_per_dim_estimate(process, oracle, images, seed, 6) for seed in range(40)]).mean(1)
+    error = math.sqrt(exact.var().item() / 4 + runs.var().item() / 40)
+    assert runs.mean().item() == pytest.approx(exact.mean().item(), abs=4 * error)
+    assert error < 0.02
+
+
 def test_each_stratum_gives_one_timestep_and_all_together_the_density() -> None:
     density = timestep_density(GaussianDiffusion(NoiseSchedule.cosine(9)))
     assert density.shape == (8,)
@@ -104,6 +144,106 @@ def test_each_stratum_gives_one_timestep_and_all_together_the_density() -> None:
     cut = (density.cumsum(0)[None] < torch.tensor([[1 / 3], [2 / 3]]).double()).sum(1) + 2
     assert drawn[:, 0].max() <= cut[0]
     assert drawn[:, 2].min() >= cut[1]
+
+
+# Errors at every timestep, and the rate-distortion curve.
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned_range"])
+@pytest.mark.parametrize("clip_x0", [True, False])
+def test_a_profiles_bits_are_bits_per_dim(images: torch.Tensor, variance: str, clip_x0: bool) -> None:
+    process = GaussianDiffusion(even_log_snr(6), "v", variance)
+    oracle = GaussianOracle(process, MEAN, STD)
+    mine = profile(process, oracle, images, seed=4, clip_x0=clip_x0)
+    for got, expected in zip(mine.bits, bits_per_dim(process, oracle, images, 4, clip_x0), strict=True):
+        assert torch.equal(got, expected)
+    assert mine.x0_mse.shape == mine.eps_mse.shape == (48, 6)
+    assert mine.x0_mse.dtype == mine.eps_mse.dtype == torch.float64
+    assert not mine.x0_mse.is_inference()
+
+
+@pytest.mark.parametrize(("answer", "clip_x0", "taken"), [(0.25, True, 0.25), (3.0, True, 1.0), (3.0, False, 3.0)])
+def test_errors_of_a_network_that_always_sees_the_same_image(
+    process: GaussianDiffusion, images: torch.Tensor, answer: float, clip_x0: bool, taken: float
+) -> None:
+    """x0 is missed by the same at every t, and eps, which makes up for it in x_t, by SNR times as much."""
+    schedule = process.schedule.respace(12)
+    network = GaussianDiffusion(schedule, predict="x0")
+    got = profile(network, lambda x, t: torch.full_like(x, answer), images, 0, clip_x0)
+    x0_mse = (taken - images.double()).square().mean((1, 2, 3))
+    torch.testing.assert_close(got.x0_mse, x0_mse[:, None].expand(48, 12))
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    torch.testing.assert_close(got.eps_mse, x0_mse[:, None] * snr, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("clip_x0", [True, False])
+@pytest.mark.filterwarnings("ignore:alpha_bar")
+def test_errors_of_a_network_that_sees_no_noise(images: torch.Tensor, clip_x0: bool) -> None:
+    """eps is taken for 0, and so x0 for x_t over its signal rate: by hand from the x_t that the network was shown."""
+    schedule = even_log_snr(5, last=-3.0)
+    shown = []
+
+    def network(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        shown.append(x_t)
+        return torch.zeros_like(x_t)
+
+    got = profile(GaussianDiffusion(schedule), network, images, 0, clip_x0)
+    assert len(shown) == 5
+    for t, x_t in enumerate(shown, start=1):
+        signal, noise = schedule.signal_rate[t - 1].item(), schedule.noise_rate[t - 1].item()
+        x_t, x0 = x_t.double(), images.double()
+        eps, guess = (x_t - signal * x0) / noise, x_t / signal
+        rest = torch.zeros_like(x_t)
+        if clip_x0:
+            guess = guess.clamp(-1, 1)
+            rest = (x_t - signal * guess) / noise
+        torch.testing.assert_close(got.x0_mse[:, t - 1], (guess - x0).square().mean((1, 2, 3)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(got.eps_mse[:, t - 1], (rest - eps).square().mean((1, 2, 3)), rtol=1e-5, atol=0)
+        if not clip_x0:
+            assert got.eps_mse[:, t - 1].mean().item() == pytest.approx(1, abs=0.1)  # all of the noise
+
+
+def test_the_best_networks_errors_are_those_in_closed_form(process: GaussianDiffusion, images: torch.Tensor) -> None:
+    """What remains of Gaussian pixels' variance once x_t is known: 1 / (1 / s^2 + SNR)."""
+    oracle = GaussianOracle(process, MEAN, STD)
+    respaced = process.respace(25)
+    got = profile(respaced, oracle, images, 0, clip_x0=False)
+    snr = respaced.schedule.log_snr.exp()
+    expected = 1 / (1 / STD**2 + snr)
+    torch.testing.assert_close(got.x0_mse.mean(0), expected, rtol=0.1, atol=0)
+    torch.testing.assert_close(got.eps_mse.mean(0), expected * snr, rtol=0.1, atol=0)
+
+
+def test_the_rate_distortion_curve(images: torch.Tensor) -> None:
+    process = GaussianDiffusion(NoiseSchedule.cosine(30), "v")
+    got = profile(process, GaussianOracle(process, MEAN, STD), images, seed=0)
+    curve = rate_distortion(got)
+    assert curve.rate.shape == curve.distortion.shape == (30,)
+    bits = got.bits
+    for t in range(1, 31):
+        # To have x_t the receiver was sent the prior's part and the steps T..t+1, whose terms are L_{T-1}..L_t.
+        sent = sum(bits.terms[:, step - 1].mean().item() for step in range(t + 1, 31)) + bits.prior.mean().item()
+        assert curve.rate[t - 1].item() == pytest.approx(sent, rel=1e-9)
+        # One unit of [-1, 1] is 127.5 of the levels 0..255.
+        levels = math.sqrt(got.x0_mse[:, t - 1].mean().item() * 127.5**2)
+        assert curve.distortion[t - 1].item() == pytest.approx(levels, rel=1e-9)
+    assert curve.rate[-1].item() == pytest.approx(bits.prior.mean().item(), rel=1e-9)
+    assert (curve.rate.diff() < 0).all()
+    assert (curve.distortion.diff() > -0.1).all()  # 6,912 pixels: chance shows where it hardly rises
+    whole = curve.rate[0] + bits.terms[:, 0].mean()
+    assert whole.item() == pytest.approx(bits.total.mean().item(), rel=1e-12)
+    # Knowing nothing, the best guess is off by the data's spread.
+    assert curve.distortion[-1].item() == pytest.approx(127.5 * STD, rel=0.05)
+    assert curve.distortion[0] < 9
+
+
+def test_distortion_is_in_8_bit_levels() -> None:
+    """A network that is off by exactly three levels."""
+    process = GaussianDiffusion(NoiseSchedule.cosine(4), "x0")
+    levels = torch.arange(64).view(1, 1, 8, 8) * 3.0
+    images = levels / 127.5 - 1
+    curve = rate_distortion(profile(process, lambda x, t: (levels + 3) / 127.5 - 1, images, 0))
+    assert curve.distortion.tolist() == pytest.approx([3] * 4, rel=1e-5)
 
 
 def test_order_and_batching_do_not_matter(process: GaussianDiffusion, images: torch.Tensor) -> None:

@@ -1,11 +1,20 @@
+"""The losses against torch.distributions, closed forms of the papers, and autograd."""
+
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from ddpm_core import GaussianDiffusion, NoiseSchedule, losses
+from ddpm_core.diffusion import PREDICTIONS
+from tests.ddpm_core.gaussian_oracle import answers
 
 GRID = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+LINEAR = NoiseSchedule.linear()
+LEARNED = GaussianDiffusion(LINEAR, "eps", "learned_range")
 
 
 @pytest.mark.parametrize("mean", [-1.3, -1.0, 0.0, 0.123, 0.999])
@@ -18,7 +27,7 @@ def test_the_256_levels_share_all_probability(mean: float, std: float) -> None:
 def test_decoder_is_the_integral_of_the_density() -> None:
     for x0, mean, std in [(GRID[100], -0.2, 0.01), (GRID[3], -0.9, 0.05), (GRID[200], 0.6, 0.3)]:
         points = torch.linspace(x0 - 1 / 255, x0 + 1 / 255, 20_001, dtype=torch.float64)
-        density = torch.distributions.Normal(torch.tensor(mean).double(), torch.tensor(std).double()).log_prob(points)
+        density = Normal(torch.tensor(mean).double(), torch.tensor(std).double()).log_prob(points)
         mass = torch.trapezoid(density.exp(), points)
         nll = losses.decoder_nll(x0, torch.tensor(mean).double(), torch.tensor(std).double() ** 2)
         assert nll.item() == pytest.approx(-mass.log().item(), rel=1e-6)
@@ -38,8 +47,7 @@ def test_decoder_keeps_its_digits_in_the_tails(side: int) -> None:
 
 def test_kl_is_that_of_torch_distributions() -> None:
     a, b = torch.rand(2, 50, dtype=torch.float64), torch.rand(2, 50, dtype=torch.float64) + 0.1
-    normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(a[0], b[0].sqrt()), normal(a[1], b[1].sqrt()))
+    expected = kl_divergence(Normal(a[0], b[0].sqrt()), Normal(a[1], b[1].sqrt()))
     torch.testing.assert_close(losses.gaussian_kl(a[0], b[0], a[1], b[1]), expected)
 
 
@@ -66,10 +74,7 @@ def test_vlb_term(variance: str, predict: str) -> None:
             one = torch.tensor([int(t[i])])
             mean, small = process.posterior(x0[i : i + 1], x_t[i : i + 1], one)
             model_mean, _ = process.posterior(prediction[i : i + 1], x_t[i : i + 1], one)
-            normal = torch.distributions.Normal
-            kl = torch.distributions.kl_divergence(
-                normal(mean, small.sqrt()), normal(model_mean, schedule.beta[t[i] - 1].sqrt())
-            )
+            kl = kl_divergence(Normal(mean, small.sqrt()), Normal(model_mean, schedule.beta[t[i] - 1].sqrt()))
         assert got[i].item() == pytest.approx(kl.mean().item() / math.log(2), rel=1e-6)
 
 
@@ -85,9 +90,329 @@ def test_clipping_helps_a_wild_network() -> None:
 def test_prior_term() -> None:
     process = GaussianDiffusion(NoiseSchedule.linear())
     x0 = GRID[:192].view(3, 1, 8, 8)
-    normal = torch.distributions.Normal
-    q = normal(x0 * process.schedule.signal_rate[-1], process.schedule.noise_rate[-1])
-    expected = torch.distributions.kl_divergence(q, normal(0.0, 1.0)).flatten(1).mean(1) / math.log(2)
+    q = Normal(x0 * process.schedule.signal_rate[-1], process.schedule.noise_rate[-1])
+    expected = kl_divergence(q, Normal(0.0, 1.0)).flatten(1).mean(1) / math.log(2)
     torch.testing.assert_close(losses.prior_term(process, x0), expected, rtol=1e-6, atol=0)
     zero = GaussianDiffusion(NoiseSchedule.linear().rescale_zero_terminal(), predict="v")
     assert losses.prior_term(zero, x0).tolist() == [0, 0, 0]
+
+
+# One denoiser, said in every parameterisation.
+
+
+def noised(t: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """8-bit images, float64 [len(t), 2, 5, 5], what a network takes for them, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x0 = GRID[torch.randint(0, 256, (len(t), 2, 5, 5), generator=generator)]
+    guess = x0 + 0.3 * torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+    return x0, guess, torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+
+
+def takes_for(process: GaussianDiffusion, guess: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The network that takes x_t for a noised `guess`."""
+    return lambda x_t, timestep: answers(process.schedule, guess, x_t, timestep + 1)[process.predict]
+
+
+def level_nll(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """-log of what N(mean, std^2) gives to the 8-bit levels x0, in nats. A difference of CDFs: good near the mean."""
+    normal = Normal(mean, std)
+    below = torch.where(x0 == -1, 0.0, normal.cdf(x0 - 1 / 255))
+    above = torch.where(x0 == 1, 1.0, normal.cdf(x0 + 1 / 255))
+    return -(above - below).log()
+
+
+def pixelwise(column: Tensor, t: Tensor) -> Tensor:
+    return column[t - 1].view(-1, 1, 1, 1)
+
+
+def mean_of(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize("schedule", [LINEAR, NoiseSchedule.cosine(1000)], ids=["linear", "cosine"])
+def test_mean_matching_is_the_divergence_in_nats(predict: str, variance: str, schedule: NoiseSchedule) -> None:
+    """With the small variance exactly; with the large one but for the constant, the divergence at equal means."""
+    process = GaussianDiffusion(schedule, predict, variance)
+    t = torch.tensor([2, 3, 50, 400, 999, 1000])
+    x0, guess, eps = noised(t)
+    got = losses.mean_matching(process, takes_for(process, guess), x0, t, eps)
+    x_t = process.q_sample(x0, t, eps)
+    tilde = pixelwise(schedule.posterior_variance, t).sqrt()
+    sigma = tilde if variance == "small" else pixelwise(schedule.beta, t).sqrt()
+    mean, model_mean = (answers(schedule, x, x_t, t)["mean"] for x in (x0, guess))
+    kl = kl_divergence(Normal(mean, tilde), Normal(model_mean, sigma))
+    constant = kl_divergence(Normal(mean, tilde), Normal(mean, sigma))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), mean_of(kl - constant), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_mean_matching_at_1_is_the_decoders_term(predict: str, variance: str) -> None:
+    """The probability of each 8-bit level under N(predicted x0, beta_tilde_2), among images at other timesteps."""
+    process = GaussianDiffusion(LINEAR, predict, variance)
+    t = torch.tensor([1, 700, 1])
+    x0, _, eps = noised(t)
+    guess = x0 + 0.01 * eps.flip(0)  # near enough for a difference of CDFs
+    got = losses.mean_matching(process, takes_for(process, guess), x0, t, eps)
+    nll = mean_of(level_nll(x0, guess, LINEAR.posterior_variance[1].sqrt()))
+    torch.testing.assert_close(got[[0, 2]].double(), nll[[0, 2]], rtol=1e-5, atol=0)
+    assert not got[1].isclose(nll[1].float())
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_mean_matching_is_the_papers_weighted_error_of_eps(predict: str, variance: str) -> None:
+    """DDPM, eq. 12: beta^2 / (2 sigma^2 alpha (1 - alpha_bar)) |eps - eps_theta|^2."""
+    process = GaussianDiffusion(LINEAR, predict, variance)
+    t = torch.tensor([2, 50, 400, 1000])
+    x0, guess, eps = noised(t)
+    got = losses.mean_matching(process, takes_for(process, guess), x0, t, eps)
+    beta = pixelwise(LINEAR.beta, t)
+    sigma2 = pixelwise(LINEAR.posterior_variance, t) if variance == "small" else beta
+    weight = beta**2 / (2 * sigma2 * (1 - beta) * (1 - pixelwise(LINEAR.alpha_bar, t)))
+    error = eps - answers(LINEAR, guess, process.q_sample(x0, t, eps), t)["eps"]
+    torch.testing.assert_close(got.double(), mean_of(weight * error**2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_mean_matching_in_single_precision(predict: str) -> None:
+    """As it trains: float32 in, and gradients that are finite, at t = 1 and at black and white pixels too."""
+    process = GaussianDiffusion(LINEAR, predict)
+    t = torch.tensor([1, 2, 50, 400, 900, 1000])
+    x0, guess, eps = noised(t)
+    x0[:, 0, 0, 0], x0[:, 0, 0, 1] = -1, 1
+    exact = losses.mean_matching(process, takes_for(process, guess), x0, t, eps)
+    network = takes_for(process, guess)
+    output: list[Tensor] = []
+
+    def single(x_t: Tensor, timestep: Tensor) -> Tensor:
+        output.append(network(x_t, timestep).float().requires_grad_())
+        return output[0]
+
+    got = losses.mean_matching(process, single, x0.float(), t, eps.float())
+    assert got.dtype == torch.float32
+    # Means differ by 4e-5 at T, where float32 keeps 6e-8 of them: three digits, of a loss of 1e-8.
+    torch.testing.assert_close(got, exact, rtol=3e-3, atol=0)
+    got.sum().backward()
+    assert output[0].grad is not None
+    assert output[0].grad.isfinite().all()
+    assert (output[0].grad.flatten(1).abs().amax(1) > 0).all()
+
+
+def test_mean_matching_takes_a_fixed_variance() -> None:
+    x0, _, eps = noised(torch.tensor([1]))
+    with pytest.raises(ValueError, match="fixed variance"):
+        losses.mean_matching(LEARNED, lambda x, t: torch.cat((x, x), dim=1), x0, torch.tensor([1]), eps)
+
+
+def snr(t: Tensor) -> Tensor:
+    return LINEAR.alpha_bar[t - 1] / (1 - LINEAR.alpha_bar[t - 1])
+
+
+# At 600 a mean differs from its target by 1e-3 of the error of x0: float32 keeps four digits of that.
+WEIGHTED = torch.tensor([1, 2, 50, 300, 600])
+
+
+def weighted_loss(predict: str, weighting: losses.Weighting, predicted_from: Tensor = WEIGHTED) -> Tensor:
+    process = GaussianDiffusion(LINEAR, predict)
+    x0, guess, eps = noised(predicted_from)
+    return process.loss(takes_for(process, guess), x0, predicted_from, eps, weighting).double()
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("gamma", [0.5, 5.0, 1e9])
+def test_min_snr_weighs_a_denoiser_alike_whatever_it_predicts(predict: str, gamma: float) -> None:
+    """min(SNR, gamma) on the squared error of x0 (Hang et al. 2023, section 3.4)."""
+    x0, guess, _ = noised(WEIGHTED)
+    expected = snr(WEIGHTED).clamp(max=gamma) * mean_of((x0 - guess) ** 2)
+    torch.testing.assert_close(weighted_loss(predict, losses.min_snr(gamma)), expected, rtol=3e-4, atol=0)
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize(("gamma", "k"), [(1.0, 1.0), (0.5, 2.0), (0.0, 1.0)])
+def test_p2_weighs_a_denoiser_alike_whatever_it_predicts(predict: str, gamma: float, k: float) -> None:
+    """1 / (k + SNR)^gamma on the squared error of eps (Choi et al. 2022, eq. 8), which is SNR times that of x0."""
+    x0, guess, _ = noised(WEIGHTED)
+    expected = snr(WEIGHTED) / (k + snr(WEIGHTED)) ** gamma * mean_of((x0 - guess) ** 2)
+    torch.testing.assert_close(weighted_loss(predict, losses.p2(gamma, k)), expected, rtol=3e-4, atol=0)
+
+
+def test_the_weightings_of_eps_and_v_are_the_papers() -> None:
+    """min(SNR, gamma) / SNR and min(SNR, gamma) / (SNR + 1): Hang et al. 2023, for SNR above and below gamma."""
+    t = torch.tensor([1, 100, 1000])
+    assert snr(t)[1] > 5 > snr(t)[2]
+    weights = {p: losses.min_snr(5.0)(GaussianDiffusion(LINEAR, p), t).double() for p in ("eps", "v", "x0")}
+    torch.testing.assert_close(weights["eps"], torch.minimum(torch.ones(3).double(), 5 / snr(t)))
+    torch.testing.assert_close(weights["v"], torch.minimum(snr(t), torch.full((3,), 5.0).double()) / (snr(t) + 1))
+    torch.testing.assert_close(weights["x0"], torch.minimum(snr(t), torch.full((3,), 5.0).double()))
+
+
+@pytest.mark.parametrize("predict", ["x0", "v", "mean"])
+@pytest.mark.parametrize("weighting", [losses.min_snr(), losses.p2()], ids=["min_snr", "p2"])
+def test_weightings_at_zero_terminal_signal(predict: str, weighting: losses.Weighting) -> None:
+    """SNR is 0 there, and so is the weight, whatever the network says of x0."""
+    process = GaussianDiffusion(LINEAR.rescale_zero_terminal(), predict)
+    assert weighting(process, torch.tensor([1000])).tolist() == [0]
+    assert (weighting(process, torch.tensor([1, 999])) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: losses.min_snr(0), "gamma must be above 0, not 0"),
+        (lambda: losses.min_snr(math.nan), "gamma must be above 0"),
+        (lambda: losses.p2(-1), "gamma >= 0 and k > 0"),
+        (lambda: losses.p2(1, 0), "gamma >= 0 and k > 0"),
+        (lambda: losses.p2(math.nan), "gamma >= 0 and k > 0"),
+    ],
+)
+def test_weightings_that_cannot_be(make: Callable[[], losses.Weighting], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+# The bound with a learned variance, and the hybrid loss.
+
+STEPS = torch.tensor([2, 50, 400, 1000])
+
+
+def learned_output(t: Tensor, x0: Tensor, guess: Tensor, eps: Tensor) -> Tensor:
+    """What the network says: float32 [N, 4, 5, 5], a leaf. The variance's half is anything."""
+    said = answers(LINEAR, guess, LEARNED.q_sample(x0, t, eps), t)["eps"]
+    return torch.cat((said, eps.roll(1, dims=2) / 2), dim=1).float().requires_grad_()
+
+
+def divergence(t: Tensor, x0: Tensor, eps: Tensor, output: Tensor) -> Tensor:
+    """KL of the learned reverse step, bits per dimension [N], by torch.distributions."""
+    x_t = LEARNED.q_sample(x0, t, eps)
+    said, choice = output.double().chunk(2, dim=1)
+    tilde, beta, alpha_bar = (pixelwise(c, t) for c in (LINEAR.posterior_variance, LINEAR.beta, LINEAR.alpha_bar))
+    guess = (x_t - (1 - alpha_bar).sqrt() * said) / alpha_bar.sqrt()
+    mean, model_mean = (answers(LINEAR, x, x_t, t)["mean"] for x in (x0, guess))
+    variance = tilde * (beta / tilde) ** ((choice + 1) / 2)
+    return mean_of(kl_divergence(Normal(mean, tilde.sqrt()), Normal(model_mean, variance.sqrt()))) / math.log(2)
+
+
+def gradient(loss: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """That by the prediction and that by what chooses the variance, in float64."""
+    (grad,) = torch.autograd.grad(loss.sum(), output, retain_graph=True)
+    prediction, choice = grad.double().chunk(2, dim=1)
+    return prediction, choice
+
+
+def test_vlb_with_a_learned_variance_and_its_gradient() -> None:
+    x0, guess, eps = noised(STEPS)
+    output = learned_output(STEPS, x0, guess, eps)
+    got = losses.vlb(LEARNED, lambda x, t: output, x0, STEPS, eps)
+    expected = divergence(STEPS, x0, eps, output)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+    for mine, other in zip(gradient(got, output), gradient(expected, output), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-9)
+
+
+def test_vlb_at_1_with_a_learned_variance() -> None:
+    """The decoder's term with the variance chosen between beta_tilde_2 and beta_1; its gradient is finite."""
+    t = torch.tensor([1, 1])
+    x0, _, eps = noised(t)
+    x0[0, 0, 0, 0], x0[0, 0, 0, 1] = -1, 1
+    guess = x0 + 0.01 * eps.flip(0)
+    output = learned_output(t, x0, guess, eps)
+    got = losses.vlb(LEARNED, lambda x, t: output, x0, t, eps)
+    low, high = LINEAR.posterior_variance[1], LINEAR.beta[0]
+    std = (low * (high / low) ** ((output[:, 2:].detach().double() + 1) / 2)).sqrt()
+    torch.testing.assert_close(got.double(), mean_of(level_nll(x0, guess, std)) / math.log(2), rtol=1e-5, atol=0)
+    assert all(half.isfinite().all() and half.abs().max() > 0 for half in gradient(got, output))
+
+
+def test_the_best_learned_variance_is_the_posteriors_and_the_means_error() -> None:
+    """The divergence from N(mu, s) to N(mu', s') is least at s' = s + (mu - mu')^2: there the gradient vanishes."""
+    x0, guess, eps = noised(STEPS)
+    guess = x0 + (guess - x0) / 10
+    x_t = LEARNED.q_sample(x0, STEPS, eps)
+    mean, model_mean = (answers(LINEAR, x, x_t, STEPS)["mean"] for x in (x0, guess))
+    tilde, beta = pixelwise(LINEAR.posterior_variance, STEPS), pixelwise(LINEAR.beta, STEPS)
+    best = 2 * ((tilde + (mean - model_mean) ** 2) / tilde).log() / (beta / tilde).log() - 1
+    prediction = answers(LINEAR, guess, x_t, STEPS)["eps"]
+
+    def by_choice(choice: Tensor) -> Tensor:
+        output = torch.cat((prediction, choice), dim=1).requires_grad_()
+        return gradient(losses.hybrid(LEARNED, lambda x, t: output, x0, STEPS, eps), output)[1]
+
+    shallow, steep = by_choice(best), by_choice(best + 0.5)
+    assert (shallow.abs() < 1e-6 * steep.abs().amax((1, 2, 3), keepdim=True)).all()
+    assert (steep > 0).all()
+    assert (by_choice(best - 0.5) < 0).all()
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+@pytest.mark.parametrize("weight", [0.001, 0.1])
+def test_hybrid_is_the_simple_loss_and_the_bound_with_the_mean_held_fixed(predict: str, weight: float) -> None:
+    process = GaussianDiffusion(LINEAR, predict, "learned_range")
+    t = torch.tensor([1, 2, 50, 400, 1000])
+    x0, guess, eps = noised(t)
+    said = takes_for(process, guess)(process.q_sample(x0, t, eps), t - 1)
+    output = torch.cat((said, eps.flip(0)), dim=1).float().requires_grad_()
+
+    def model(x_t: Tensor, timestep: Tensor) -> Tensor:
+        return output
+
+    weighting = losses.min_snr(3.0)
+    got = losses.hybrid(process, model, x0, t, eps, weighting, weight)
+    simple = GaussianDiffusion(LINEAR, predict).loss(lambda x, t: output[:, :2], x0, t, eps, weighting)
+    bound = losses.vlb(process, model, x0, t, eps)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, simple + weight * 1000 * bound)
+    by_prediction, by_choice = gradient(got, output)
+    torch.testing.assert_close(by_prediction, gradient(simple, output)[0])
+    torch.testing.assert_close(by_choice, weight * 1000 * gradient(bound, output)[1])
+    assert gradient(bound, output)[0].abs().max() > 0  # it would have moved the mean
+    alone = losses.hybrid(process, model, x0, t, eps, weighting, vlb_weight=0)
+    assert gradient(alone, output)[1].abs().max() == 0
+
+
+def test_hybrids_defaults_are_the_papers() -> None:
+    """Nichol and Dhariwal 2021, eq. 16, lambda = 0.001, L_simple unweighted."""
+    x0, guess, eps = noised(STEPS)
+    output = learned_output(STEPS, x0, guess, eps)
+    said = answers(LINEAR, guess, LEARNED.q_sample(x0, STEPS, eps), STEPS)["eps"]
+    expected = mean_of((said - eps) ** 2) + 0.001 * 1000 * divergence(STEPS, x0, eps, output)
+    got = losses.hybrid(LEARNED, lambda x, t: output, x0, STEPS, eps)
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_hybrid_trains_a_learned_variance(variance: str) -> None:
+    x0, _, eps = noised(STEPS)
+    with pytest.raises(ValueError, match=f"not a fixed one .{variance}"):
+        losses.hybrid(GaussianDiffusion(LINEAR, variance=variance), lambda x, t: x, x0, STEPS, eps)
+
+
+# BUG, reported: the output's shape is not looked at before it is cut in two (one channel: "not enough values to
+# unpack"; three: a RuntimeError).
+@pytest.mark.xfail(strict=True, reason="hybrid cuts the output in two before it looks at its shape")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_hybrid_names_an_output_of_another_shape(channels: int) -> None:
+    x0 = torch.zeros(4, channels, 5, 5)
+    with pytest.raises(ValueError, match=r"shape|second half"):
+        losses.hybrid(LEARNED, lambda x, t: x, x0, STEPS, x0)
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_vlb_is_the_divergence_in_bits_at_every_timestep(predict: str) -> None:
+    """With the large variance, whose constant does not train but counts."""
+    schedule = NoiseSchedule.cosine(20)
+    process = GaussianDiffusion(schedule, predict, "large")
+    t = torch.arange(1, 21)
+    x0, guess, eps = noised(t)
+    guess[0] = x0[0] + 0.01 * eps[0]
+    x_t = process.q_sample(x0, t, eps)
+    mean, model_mean = (answers(schedule, x, x_t, t)["mean"][1:] for x in (x0, guess))
+    tilde, beta = (pixelwise(column, t)[1:].sqrt() for column in (schedule.posterior_variance, schedule.beta))
+    expected = mean_of(kl_divergence(Normal(mean, tilde), Normal(model_mean, beta)))
+    decoder = mean_of(level_nll(x0[:1], guess[:1], schedule.posterior_variance[1].sqrt()))
+    got = losses.vlb(process, takes_for(process, guess), x0, t, eps)
+    torch.testing.assert_close(got.double(), torch.cat((decoder, expected)) / math.log(2), rtol=1e-5, atol=0)

@@ -1,3 +1,9 @@
+"""The samplers against closed forms: Gaussian data, point masses, steps by hand; and what they promise of seeds."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,8 +25,17 @@ def network() -> UNet:
     return model
 
 
-@pytest.mark.parametrize("settings", [{"sampler": "ancestral"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}])
-def test_an_image_depends_on_its_own_seed_alone(network: UNet, settings: dict[str, object]) -> None:
+EVERY_SAMPLER: list[dict[str, Any]] = [
+    {"sampler": "ancestral"},
+    {"sampler": "ddim"},
+    {"sampler": "ddim", "eta": 0.5},
+    {"sampler": "dpmpp_2m"},
+    {"sampler": "dpmpp_2m", "dynamic_threshold": 0.9},
+]
+
+
+@pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=str)
+def test_an_image_depends_on_its_own_seed_alone(network: UNet, settings: dict[str, Any]) -> None:
     process = GaussianDiffusion(LINEAR)
     one = sample(process, network, SHAPE, [1, 2, 3, 2**63 + 5], steps=8, **settings)
     other = sample(process, network, SHAPE, [9, 2, 8, 7], steps=8, **settings)
@@ -51,9 +66,13 @@ def test_ddim_with_eta_1_is_ancestral_small(network: UNet, clip_x0: bool, steps:
         ({"sampler": "ddim"}, "small", "eps"),
         ({"sampler": "ddim", "steps": 200, "spacing": "linspace"}, "small", "v"),
         ({"sampler": "ddim", "eta": 1.0}, "small", "eps"),
+        ({"sampler": "dpmpp_2m", "steps": 200, "spacing": "linspace"}, "small", "eps"),
+        ({"sampler": "ancestral", "steps": 200}, "learned_range", "v"),
+        ({"sampler": "ddim"}, "large", "mean"),
+        ({"sampler": "dpmpp_2m"}, "small", "mean"),
     ],
 )
-def test_the_best_network_gives_back_mean_and_spread(settings: dict[str, object], variance: str, predict: str) -> None:
+def test_the_best_network_gives_back_mean_and_spread(settings: dict[str, Any], variance: str, predict: str) -> None:
     process = GaussianDiffusion(LINEAR, predict=predict, variance=variance)
     oracle = GaussianOracle(process, mean=0.3, std=0.2)
     x = sample(process, oracle, SHAPE, range(150), clip_x0=False, **settings)
@@ -141,25 +160,259 @@ def test_the_networks_mode_is_put_back_and_results_are_plain_tensors(network: UN
     assert not network.training
 
 
-@pytest.mark.parametrize("predict", ["x0", "v"])
-def test_zero_terminal_schedules_sample(network: UNet, predict: str) -> None:
+@pytest.mark.parametrize("predict", ["x0", "v", "mean"])
+@pytest.mark.parametrize("settings", EVERY_SAMPLER, ids=str)
+def test_zero_terminal_schedules_sample(network: UNet, predict: str, settings: dict[str, Any]) -> None:
     process = GaussianDiffusion(LINEAR.rescale_zero_terminal(), predict=predict)
-    for settings in ({"sampler": "ancestral"}, {"sampler": "ddim"}):
-        assert sample(process, network, SHAPE, [1], steps=5, spacing="trailing", **settings).isfinite().all()
+    for steps in (1, 2, 5):
+        assert sample(process, network, SHAPE, [1], steps=steps, **settings).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpmpp_2m"])
+def test_zero_terminal_schedules_give_back_mean_and_spread(sampler: str) -> None:
+    process = GaussianDiffusion(LINEAR.rescale_zero_terminal(), predict="v")
+    x = sample(process, GaussianOracle(process, 0.3, 0.2), SHAPE, range(100), sampler=sampler, clip_x0=False)
+    assert x.mean().item() == pytest.approx(0.3, abs=0.012)
+    assert x.std().item() == pytest.approx(0.2, rel=0.04)
+
+
+# BUG, reported: with fewer steps than it was trained with, a network that predicts the mean is misread (a spread of
+# more than 1 instead of 0.2).
+@pytest.mark.xfail(strict=True, reason="a respaced process takes a mean for that of its longer step")
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpmpp_2m"])
+def test_a_network_that_predicts_the_mean_samples_in_fewer_steps(sampler: str) -> None:
+    process = GaussianDiffusion(LINEAR, predict="mean")
+    settings: dict[str, Any] = {"sampler": sampler, "steps": 200, "spacing": "linspace", "clip_x0": False}
+    x = sample(process, GaussianOracle(process, 0.3, 0.2), SHAPE, range(100), **settings)
+    # Ancestral sampling with the small variance loses 7 % of the spread in so few steps, whatever is predicted.
+    assert x.std().item() == pytest.approx(0.2, rel=0.1)
+    other = GaussianDiffusion(LINEAR, predict="x0")
+    same = sample(other, GaussianOracle(other, 0.3, 0.2), SHAPE, range(100), **settings)
+    torch.testing.assert_close(x, same, rtol=0, atol=2e-3)
+
+
+# The deterministic samplers against the ordinary differential equation that they solve.
+
+
+def even_log_snr(steps: int) -> NoiseSchedule:
+    """Equal steps of the log-SNR, from 1e-4 signal to 1e-8 noise."""
+    return NoiseSchedule.from_alpha_bars(torch.linspace(18, -10, steps, dtype=torch.float64).sigmoid())
+
+
+def worst_error(sampler: str, steps: int, predict: str) -> float:
+    """Of any pixel at any step of the trajectory, to where the flow takes the first noise, in closed form."""
+    process = GaussianDiffusion(even_log_snr(steps), predict=predict)
+    oracle = GaussianOracle(process, 0.3, 0.2)
+    trajectory: list[Tensor] = []
+    x = sample(
+        process,
+        oracle,
+        SHAPE,
+        [1, 2],
+        sampler=sampler,
+        clip_x0=False,
+        callback=lambda index, t, x_t, x0: trajectory.append(x_t),
+    )
+    trajectory.append(x)
+    assert len(trajectory) == steps + 1
+    flow = [oracle.flow(trajectory[0], steps, t) for t in range(steps, -1, -1)]
+    return max((got - expected).abs().max().item() for got, expected in zip(trajectory, flow, strict=True))
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v", "mean"])
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
+def test_the_error_falls_with_the_samplers_order(sampler: str, order: int, predict: str) -> None:
+    errors = [worst_error(sampler, steps, predict) for steps in (40, 80, 160)]
+    orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+    assert orders == pytest.approx([order, order], abs=0.3)
+    assert errors[-1] < {1: 0.05, 2: 0.003}[order]
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 11])
+def test_a_single_image_is_reached_exactly_in_any_steps(sampler: str, spacing: str, steps: int) -> None:
+    """Data that is one image: x0 is the same all along, the flow a straight line, which both samplers follow."""
+    image = torch.linspace(-0.9, 0.9, 64).view(1, *SHAPE)
+    process = GaussianDiffusion(NoiseSchedule.cosine(), predict="x0")
+    seen: list[tuple[int, Tensor]] = []
+    x = sample(
+        process,
+        lambda x_t, timestep: image.expand_as(x_t),
+        SHAPE,
+        [1, 2],
+        sampler=sampler,
+        steps=steps,
+        spacing=spacing,
+        callback=lambda index, t, x_t, x0: seen.append((t, x_t)),
+    )
+    torch.testing.assert_close(x, image.expand_as(x))
+    assert len(seen) == steps
+    signal, noise_rate = process.schedule.signal_rate, process.schedule.noise_rate
+    wide, first = image.double(), seen[0][1].double()
+    eps = (first - signal[-1] * wide) / noise_rate[-1]
+    for t, x_t in seen:
+        torch.testing.assert_close(x_t.double(), signal[t - 1] * wide + noise_rate[t - 1] * eps, rtol=0, atol=1e-5)
+
+
+def test_two_steps_leave_dpmpp_nothing_to_extrapolate(network: UNet) -> None:
+    """Its first step knows no earlier one, and its last is of first order: DDIM's."""
+    process = GaussianDiffusion(LINEAR)
+    for steps in (1, 2):
+        ours, ddim = (sample(process, network, SHAPE, [1, 2], sampler=s, steps=steps) for s in ("dpmpp_2m", "ddim"))
+        torch.testing.assert_close(ours, ddim, rtol=1e-5, atol=1e-5)
+    ours, ddim = (sample(process, network, SHAPE, [1, 2], sampler=s, steps=3) for s in ("dpmpp_2m", "ddim"))
+    assert (ours - ddim).abs().max() > 1e-3
+
+
+# A learned variance.
+
+
+def with_choice(model: UNet, choice: float) -> Any:
+    """The network with a second half of channels that is `choice` everywhere."""
+
+    def answer(x_t: Tensor, timestep: Tensor) -> Tensor:
+        output = model(x_t, timestep)
+        return torch.cat((output, torch.full_like(output, choice)), dim=1)
+
+    return answer
+
+
+@pytest.mark.parametrize(("choice", "variance"), [(-1.0, "small"), (1.0, "large")])
+def test_a_learned_variance_at_its_ends_is_the_fixed_one(network: UNet, choice: float, variance: str) -> None:
+    fixed = sample(GaussianDiffusion(LINEAR, "v", variance), network.eval(), SHAPE, [1, 2], steps=9)
+    process = GaussianDiffusion(LINEAR, "v", "learned_range")
+    learned = sample(process, with_choice(network, choice), SHAPE, [1, 2], steps=9)
+    torch.testing.assert_close(learned, fixed, rtol=1e-4, atol=1e-4)
+    other = sample(process, with_choice(network, -choice), SHAPE, [1, 2], steps=9)
+    assert (other - fixed).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("settings", [{"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "dpmpp_2m"}])
+def test_other_samplers_do_not_use_a_learned_variance(network: UNet, settings: dict[str, Any]) -> None:
+    fixed = sample(GaussianDiffusion(LINEAR, "v"), network.eval(), SHAPE, [1, 2], steps=5, **settings)
+    process = GaussianDiffusion(LINEAR, "v", "learned_range")
+    assert torch.equal(sample(process, with_choice(network, 0.7), SHAPE, [1, 2], steps=5, **settings), fixed)
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+def test_with_the_exact_variance_few_steps_keep_the_spread(predict: str) -> None:
+    """Gaussian data's reverse steps are Gaussian: mean and variance of x_{t-1} given x_t, however long the step. The
+    spread of x_1 is then that of the data noised once, between those that the fixed variances come to.
+    """
+    schedule = NoiseSchedule.from_alpha_bars(torch.linspace(7, -9, 6, dtype=torch.float64).sigmoid())
+    stds = {}
+    for variance in ("small", "learned_range", "large"):
+        process = GaussianDiffusion(schedule, predict, variance)
+        oracle = GaussianOracle(process, 0.3, 0.2)
+        seen: list[Tensor] = []
+        sample(
+            process,
+            oracle,
+            SHAPE,
+            range(300),
+            clip_x0=False,
+            callback=lambda index, t, x_t, x0, seen=seen: seen.append(x_t),
+        )
+        assert seen[-1].mean().item() == pytest.approx(0.3 * schedule.signal_rate[0].item(), abs=0.01)
+        stds[variance] = [x_t.std().item() for x_t in seen]
+    exact = [math.sqrt(oracle.variance(t)) for t in range(6, 0, -1)]
+    # 19,200 pixels: a standard error of 0.5 %.
+    assert stds["learned_range"] == pytest.approx(exact, rel=0.02)
+    assert stds["small"][-1] < 0.93 * exact[-1]
+    assert stds["large"][-1] > 1.25 * exact[-1]
+
+
+# Dynamic thresholding.
+
+
+def given_back(x0: Tensor, **settings: Any) -> Tensor:
+    """What one step makes of a network that takes every noise for x0 [N, C, H, W]."""
+    process = GaussianDiffusion(LINEAR, predict="x0")
+    return sample(process, lambda x, t: x0, x0.shape[1:], range(len(x0)), steps=1, **settings)
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpmpp_2m"])
+def test_dynamic_thresholding_by_hand(sampler: str) -> None:
+    """Absolute values 0, 0.1, ..., 2.0 in the first image: their 0.9-quantile is 1.8, which becomes 1. The second
+    stays within [-1, 1] but for one pixel: below a limit of 1 it is plain clipping.
+    """
+    wide = torch.arange(21) / 10 * torch.tensor([1, -1]).repeat(11)[:21]
+    narrow = torch.linspace(-0.9, 0.9, 21)
+    narrow[20] = 5
+    x0 = torch.stack((wide, narrow)).view(2, 1, 3, 7)
+    got = given_back(x0, sampler=sampler, dynamic_threshold=0.9).flatten(1)
+    expected = [max(-1.8, min(1.8, value)) / 1.8 for value in wide.tolist()]
+    assert got[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert got[1].tolist() == pytest.approx([*narrow[:20].tolist(), 1], abs=1e-6)
+    # All values count: the largest becomes 1. Between two of them the quantile is in between.
+    assert given_back(x0, dynamic_threshold=1.0).flatten(1)[0].tolist() == pytest.approx((wide / 2).tolist(), abs=1e-6)
+    between = given_back(x0, dynamic_threshold=0.925).flatten(1)[0]
+    assert between[18].item() == pytest.approx(1.8 / 1.85, abs=1e-5)
+    plain = given_back(x0)
+    assert torch.equal(plain, x0.clamp(-1, 1))
+
+
+def test_dynamic_thresholding_takes_all_channels_of_an_image_together() -> None:
+    x0 = torch.zeros(1, 2, 2, 2)
+    x0[0, 0] = 4
+    x0[0, 1] = torch.tensor([[0.5, -0.5], [1.0, -3.0]])
+    got = given_back(x0, dynamic_threshold=1.0)
+    torch.testing.assert_close(got, x0 / 4)
+
+
+def test_the_threshold_reaches_every_step(network: UNet) -> None:
+    process = GaussianDiffusion(LINEAR)
+    limits = []
+    for quantile in (None, 0.5):
+        rows: list[Tensor] = []
+        sample(
+            process,
+            network,
+            SHAPE,
+            [1, 2],
+            steps=4,
+            dynamic_threshold=quantile,
+            callback=lambda index, t, x_t, x0, rows=rows: rows.append(x0),
+        )
+        limits.append([x0.abs().amax().item() for x0 in rows])
+        edges = [(x0.abs() == 1).double().mean().item() for x0 in rows]
+        assert quantile is None or edges[0] >= 0.5  # half of the pixels lie at the limit, where predictions are wild
+    assert all(limit <= 1 for each in limits for limit in each)
+
+
+def test_a_network_in_half_precision(network: UNet) -> None:
+    """Images stay float32, whatever the network answers in."""
+    process = GaussianDiffusion(LINEAR, "v")
+
+    def half(x_t: Tensor, timestep: Tensor) -> Tensor:
+        return network(x_t, timestep).bfloat16()
+
+    whole = sample(process, network.eval(), SHAPE, [1, 2], sampler="ddim", steps=5)
+    got = sample(process, half, SHAPE, [1, 2], sampler="ddim", steps=5)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, whole, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"sampler": "euler"}, "ancestral, ddim, not 'euler'"),
+        ({"sampler": "euler"}, "ancestral, ddim, dpmpp_2m, not 'euler'"),
         ({"eta": 0.5}, "eta belongs to the ddim sampler"),
         ({"sampler": "ddim", "eta": 1.5}, r"0\.\.1, not 1.5"),
+        ({"sampler": "dpmpp_2m", "eta": 1.0}, "eta belongs to the ddim sampler, not to 'dpmpp_2m'"),
+        ({"eta": float("nan")}, r"0\.\.1, not nan"),
+        ({"dynamic_threshold": 0.0}, r"quantile in \(0, 1\] and needs clip_x0, not 0.0"),
+        ({"dynamic_threshold": 1.1}, r"quantile in \(0, 1\]"),
+        ({"dynamic_threshold": 0.9, "clip_x0": False}, "needs clip_x0"),
+        ({"labels": [0]}, "no classes"),
+        ({"guidance": 2.0}, "give labels"),
         ({"seeds": []}, "seeds is empty"),
         ({"steps": 1001}, r"1\.\.1000"),
         ({"steps": 0}, r"1\.\.1000"),
         ({"steps": 10, "spacing": "odd"}, "spacing"),
     ],
 )
-def test_bad_input(network: UNet, settings: dict[str, object], said: str) -> None:
+def test_bad_input(network: UNet, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         sample(GaussianDiffusion(LINEAR), network, SHAPE, **({"seeds": [1]} | settings))
