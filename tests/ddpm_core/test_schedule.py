@@ -1,3 +1,5 @@
+"""Schedules against their formulas, reckoned number by number, and the mistakes that are named."""
+
 import math
 import pickle
 import warnings
@@ -58,6 +60,18 @@ def test_schedules_follow_their_formula(name: str) -> None:
 
 def test_the_published_end_of_the_linear_schedule() -> None:
     assert NoiseSchedule.linear().alpha_bar[-1].item() == pytest.approx(4.0358e-5, rel=1e-4)
+
+
+def test_the_constant_schedule_ends_where_the_linear_one_does() -> None:
+    assert NoiseSchedule.constant().alpha_bar[-1].item() == pytest.approx(0.99**1000, rel=1e-9)
+    assert NoiseSchedule.constant().alpha_bar[-1].item() == pytest.approx(4.0358e-5, rel=0.1)
+
+
+# BUG, reported: math.exp overflows where the sigmoid is steep, and no ValueError says what is allowed.
+@pytest.mark.xfail(strict=True, raises=OverflowError, reason="a steep sigmoid overflows")
+def test_a_sigmoid_too_steep_is_named() -> None:
+    with pytest.raises(ValueError, match=r"tau|beta"):
+        NoiseSchedule.sigmoid(1000, tau=0.004)
 
 
 @pytest.mark.parametrize(("name", "curve"), [("cosine", cosine_curve), ("sigmoid", sigmoid_curve)])
