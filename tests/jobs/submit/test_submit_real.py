@@ -53,6 +53,7 @@ def ray_head(tmp_path: Path) -> Iterator[RayHead]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "TMPDIR": str(temp),
     }
     with open(tmp_path / "head.log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
