@@ -30,4 +30,4 @@ lint: $(READY)  ## lint, format, types, import contract
 	$(BIN)/lint-imports
 
 clean:  ## remove what make made
-	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

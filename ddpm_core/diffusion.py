@@ -72,18 +72,19 @@ class GaussianDiffusion:
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, a draw of q(x_t | x_0) (DDPM, eq. 4)."""
         t = self._checked(t, x0)
-        _check_images(x0, eps)
-        return self.at("signal_rate", t, x0) * x0 + self.at("noise_rate", t, x0) * eps
+        _check_shapes(x0, eps)
+        return _finite(self.at("signal_rate", t, x0) * x0 + self.at("noise_rate", t, x0) * eps)
 
     def q_step(self, x_prev: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps, one Markov step q(x_t | x_{t-1}) (DDPM, eq. 2)."""
         t = self._checked(t, x_prev)
-        _check_images(x_prev, eps)
-        return self.at("sqrt_alpha", t, x_prev) * x_prev + self.at("sqrt_beta", t, x_prev) * eps
+        _check_shapes(x_prev, eps)
+        return _finite(self.at("sqrt_alpha", t, x_prev) * x_prev + self.at("sqrt_beta", t, x_prev) * eps)
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance, both of x_t's shape, of q(x_{t-1} | x_t, x_0) (DDPM, eqs. 6 and 7)."""
         t = self._checked(t, x_t)
+        _check_shapes(x_t, x0)
         mean = self.at("posterior_x0", t, x_t) * x0 + self.at("posterior_x_t", t, x_t) * x_t
         return mean, self.at("posterior_variance", t, x_t).expand_as(mean)
 
@@ -96,9 +97,9 @@ class GaussianDiffusion:
             return eps
         if self.predict == "x0":
             return x0
-        if self.predict == "mean":
-            return self.posterior(x0, self.q_sample(x0, t, eps), t)[0]
         t = self._checked(t, x0)
+        if self.predict == "mean":
+            return self.at("mean_x0", t, x0) * x0 + self.at("mean_x_t", t, x0) * self.q_sample(x0, t, eps)
         return self.at("signal_rate", t, x0) * eps - self.at("noise_rate", t, x0) * x0
 
     def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class GaussianDiffusion:
         if self.predict == "x0":
             return output
         if self.predict == "mean":
-            return (output - self.at("posterior_x_t", t, x_t) * x_t) / self.at("posterior_x0", t, x_t)
+            return (output - self.at("mean_x_t", t, x_t) * x_t) / self.at("mean_x0", t, x_t)
         signal, noise = self.at("signal_rate", t, x_t), self.at("noise_rate", t, x_t)
         if self.predict == "eps":
             return (x_t - noise * output) / signal
@@ -134,8 +135,9 @@ class GaussianDiffusion:
     def predict_mean(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """The mean of p(x_{t-1} | x_t) that the network's output stands for (DDPM, eq. 11)."""
         t, x_t, output = self._heard(x_t, t, output)
-        if self.predict == "mean":
+        if self.predict == "mean" and self.schedule.original is self.schedule:
             return output
+        # In fewer steps, the network's mean is that of the step it was trained on, which is shorter.
         return self.posterior(self.predict_x0(x_t, t, output), x_t, t)[0]
 
     def predict_variance(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ class GaussianDiffusion:
         t = self._checked(t, x_t)
         if self.variance != "learned_range":
             return self.at(f"{self.variance}_variance", t, x_t).expand_as(x_t)
-        choice = self._halves(x_t, output)[1]
+        choice = self.halves(x_t, output)[1]
         if choice is None:
             raise ValueError("a learned variance is in the second half of the output's channels, which is missing")
         share = (choice.to(_wide(x_t)) + 1) / 2
@@ -152,6 +154,7 @@ class GaussianDiffusion:
 
     def reverse(self, x_t: Tensor, t: Tensor, output: Tensor, clip_x0: bool) -> Reverse:
         """p(x_{t-1} | x_t): the posterior with the predicted x0 put in for x0 (DDPM, eq. 11)."""
+        x_t = x_t.to(_wide(x_t))
         x0 = self.predict_x0(x_t, t, output)
         variance = self.predict_variance(x_t, t, output)
         if clip_x0:
@@ -180,6 +183,7 @@ class GaussianDiffusion:
         if self.variance == "learned_range":
             raise ValueError("this loss does not train a learned variance: use losses.hybrid or losses.vlb")
         output = self.call(model, self.q_sample(x0, t, eps), t)
+        _check_shapes(x0, output)
         error = output.float() - self.target(x0, t, eps).float()
         return error.square().flatten(1).mean(1) * weighting(self, t).to(error)
 
@@ -189,7 +193,8 @@ class GaussianDiffusion:
         """The named coefficient at t, cast to the dtype of `like` and shaped [N, 1, ...] to multiply it.
 
         Names: signal_rate, noise_rate, sqrt_alpha, sqrt_beta, posterior_x0 and posterior_x_t (the factors of x0
-        and x_t in the posterior's mean), posterior_variance, small_variance and large_variance (of the reverse
+        and x_t in the posterior's mean), mean_x0 and mean_x_t (those of the step that the network was trained on,
+        which is shorter on a respaced schedule), posterior_variance, small_variance and large_variance (of the reverse
         step), log_small_variance, log_beta.
         """
         values = self._tables_on(t.device)[name][t - 1].to(like.dtype)
@@ -203,15 +208,16 @@ class GaussianDiffusion:
     def _heard(self, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(t, x_t, the prediction in the output), wide enough to reckon with."""
         wide = _wide(x_t)
-        return self._checked(t, x_t), x_t.to(wide), self._halves(x_t, output)[0].to(wide)
+        return self._checked(t, x_t), x_t.to(wide), self.halves(x_t, output)[0].to(wide)
 
-    def _halves(self, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor | None]:
+    def halves(self, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """Prediction and, of a learned variance, what chooses it; ValueError for an output of another shape."""
-        channels = x_t.shape[1] if x_t.ndim > 1 else 1
         if output.shape == x_t.shape:  # of a learned variance: a prediction that was taken out before
             return output, None
-        if self.variance == "learned_range" and output.shape == (len(x_t), 2 * channels, *x_t.shape[2:]):
-            return output[:, :channels], output[:, channels:]
+        if self.variance == "learned_range" and x_t.ndim > 1:
+            n, channels, *rest = x_t.shape
+            if output.shape == (n, 2 * channels, *rest):
+                return output[:, :channels], output[:, channels:]
         raise ValueError(
             f"the network's output for images {list(x_t.shape)} and variance {self.variance} cannot be of shape "
             f"{list(output.shape)}"
@@ -219,6 +225,8 @@ class GaussianDiffusion:
 
     def _checked(self, t: Tensor, images: Tensor) -> Tensor:
         """t on the images' device, [N] or [1]; ValueError where it is no timestep of each image."""
+        if len(images) == 0:
+            raise ValueError("there are no images: [0, ...]")
         if t.is_floating_point() or t.dtype == torch.bool or t.numel() not in (1, len(images)) or t.ndim > 1:
             raise ValueError(
                 f"t must be an integer tensor with one timestep an image, [{len(images)}], "
@@ -234,26 +242,37 @@ def _wide(images: Tensor) -> torch.dtype:
     return torch.promote_types(images.dtype, torch.float32)
 
 
-def _check_images(images: Tensor, eps: Tensor) -> None:
-    if images.shape != eps.shape:
-        raise ValueError(f"the noise must be of the images' shape {list(images.shape)}, not {list(eps.shape)}")
-    if not images.isfinite().all():
-        raise ValueError("the images hold values that are not finite")
+def _check_shapes(images: Tensor, other: Tensor) -> None:
+    """Else they would be broadcast against each other, into numbers that mean nothing."""
+    if images.shape != other.shape:
+        raise ValueError(
+            f"what goes with the images must have their shape {list(images.shape)}, not {list(other.shape)}"
+        )
+
+
+def _finite(x_t: Tensor) -> Tensor:
+    if not x_t.isfinite().all():
+        raise ValueError("the images or the noise hold values that are not finite")
+    return x_t
 
 
 def _tables(schedule: NoiseSchedule) -> dict[str, Tensor]:
-    alpha, alpha_bar, alpha_bar_prev = schedule.alpha, schedule.alpha_bar, schedule.alpha_bar_prev
     small, large = schedule.posterior_variance, schedule.beta
     # DDPM's code does the same for both choices. With T = 1 there is no t = 2 to borrow from.
     small[0] = small[1] if schedule.timesteps > 1 else large[0]
     large[0] = small[0]
+    original, at = schedule.original, schedule.original_timesteps - 1
+    mean_x0, mean_x_t = (factor[at] for factor in _posterior_factors(original))
+    posterior_x0, posterior_x_t = _posterior_factors(schedule)
     return {
         "signal_rate": schedule.signal_rate,
         "noise_rate": schedule.noise_rate,
-        "sqrt_alpha": alpha.sqrt(),
+        "sqrt_alpha": schedule.alpha.sqrt(),
         "sqrt_beta": schedule.beta.sqrt(),
-        "posterior_x0": alpha_bar_prev.sqrt() * schedule.beta / (1 - alpha_bar),
-        "posterior_x_t": alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar),
+        "posterior_x0": posterior_x0,
+        "posterior_x_t": posterior_x_t,
+        "mean_x0": mean_x0,
+        "mean_x_t": mean_x_t,
         "posterior_variance": schedule.posterior_variance,
         "small_variance": small,
         "large_variance": large,
@@ -261,6 +280,13 @@ def _tables(schedule: NoiseSchedule) -> dict[str, Tensor]:
         "log_beta": schedule.beta.log(),
         "network_timestep": schedule.original_timesteps - 1,
     }
+
+
+def _posterior_factors(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """What x0 and x_t are multiplied by in the posterior's mean (DDPM, eq. 7), [T] each."""
+    alpha_bar, alpha_bar_prev = schedule.alpha_bar, schedule.alpha_bar_prev
+    of_x0 = alpha_bar_prev.sqrt() * schedule.beta / (1 - alpha_bar)
+    return of_x0, schedule.alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
 
 
 @contextmanager

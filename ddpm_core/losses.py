@@ -70,7 +70,7 @@ def _output_error(process: "GaussianDiffusion", t: Tensor) -> Tensor:
         return torch.ones_like(snr)
     if process.predict == "v":
         return 1 + snr
-    return process.at("posterior_x0", t, snr).square()
+    return process.at("mean_x0", t, snr).square()
 
 
 def mean_matching(process: "GaussianDiffusion", model: "Network", x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -116,7 +116,9 @@ def hybrid(
         raise ValueError(f"the hybrid loss trains a learned variance, not a fixed one ({process.variance})")
     x_t = process.q_sample(x0, t, eps)
     output = process.call(model, x_t, t)
-    prediction, choice = output.chunk(2, dim=1)
+    prediction, choice = process.halves(x_t, output)
+    if choice is None:
+        raise ValueError("a learned variance is in the second half of the output's channels, which is missing")
     error = prediction.float() - process.target(x0, t, eps).float()
     simple = error.square().flatten(1).mean(1) * weighting(process, t).to(error)
     bound = vlb_term(process, x0, x_t, t, torch.cat((prediction.detach(), choice), dim=1), clip_x0=False)
@@ -161,11 +163,12 @@ def vlb_term(process: "GaussianDiffusion", x0: Tensor, x_t: Tensor, t: Tensor, o
 
 def _with_decoder(nats: Tensor, x0: Tensor, t: Tensor, model: "Reverse") -> Tensor:
     """The terms [N, C, H, W], with the decoder's where t is 1."""
-    first = _first(t, x0)
+    first = (t.reshape(-1).expand(len(x0)) == 1).to(x0.device)
     if not first.any():
         return nats
-    decoder = decoder_nll(x0.double(), model.mean.double(), model.variance.double())
-    return torch.where(first, decoder.to(nats.dtype), nats)
+    # Of these images alone: elsewhere it means nothing, and could be infinite.
+    decoder = decoder_nll(x0[first].double(), model.mean[first].double(), model.variance[first].double())
+    return nats.index_put((first,), decoder.to(nats.dtype))
 
 
 def _first(t: Tensor, x0: Tensor) -> Tensor:

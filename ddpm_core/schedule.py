@@ -32,13 +32,20 @@ class NoiseSchedule:
     Its tensors are copies: writing into them changes nothing here.
     """
 
-    def __init__(self, beta: Tensor, alpha_bar: Tensor, original_timesteps: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        beta: Tensor,
+        alpha_bar: Tensor,
+        original_timesteps: Tensor | None = None,
+        original: "NoiseSchedule | None" = None,
+    ) -> None:
         """For the class methods, which check their input. `original_timesteps` is None for 1..T."""
         self._beta = beta.detach().to("cpu", torch.float64, copy=True)
         self._alpha_bar = alpha_bar.detach().to("cpu", torch.float64, copy=True)
         if original_timesteps is None:
             original_timesteps = torch.arange(1, len(beta) + 1)
         self._original_timesteps = original_timesteps.detach().to("cpu", torch.int64, copy=True)
+        self._original = original
 
     def __repr__(self) -> str:
         return f"NoiseSchedule(timesteps={self.timesteps}, alpha_bar_T={self._alpha_bar[-1].item():.3g})"
@@ -110,10 +117,10 @@ class NoiseSchedule:
         """
         if not (start < end and tau > 0):
             raise ValueError(f"start < end and tau > 0 are needed, not start {start}, end {end}, tau {tau}")
-        first, last = (1 / (1 + math.exp(v / tau)) for v in (start, end))
+        first, last = _falling_sigmoid(start / tau), _falling_sigmoid(end / tau)
 
         def signal(u: float) -> float:
-            return (1 / (1 + math.exp((start + u * (end - start)) / tau)) - last) / (first - last)
+            return (_falling_sigmoid((start + u * (end - start)) / tau) - last) / (first - last)
 
         return cls._from_capped(timesteps, signal)
 
@@ -134,6 +141,8 @@ class NoiseSchedule:
     def _from_capped(cls, timesteps: int, signal: Callable[[float], float]) -> Self:
         """From alpha_bar as a function of t/T in 0..1, beta cut at MAX_BETA."""
         curve = [signal(t / _checked_count(timesteps)) for t in range(timesteps + 1)]
+        if min(curve[:-1]) <= 0:
+            raise ValueError("no signal is left long before the last timestep: choose a gentler curve (a larger tau)")
         return cls.from_betas([min(1 - now / before, MAX_BETA) for before, now in pairwise(curve)])
 
     # What a schedule is.
@@ -147,6 +156,11 @@ class NoiseSchedule:
     def original_timesteps(self) -> Tensor:
         """int64 [T]: the timestep, in 1..T of the schedule trained on, that each step stands for."""
         return self._original_timesteps.clone()
+
+    @property
+    def original(self) -> "NoiseSchedule":
+        """The schedule that this one is a respacing of, on which the network was trained; itself if of none."""
+        return self if self._original is None else self._original
 
     @property
     def beta(self) -> Tensor:
@@ -211,7 +225,7 @@ class NoiseSchedule:
             raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}")
         index = torch.tensor(chosen) - 1
         alpha_bar = self._alpha_bar[index]
-        respaced = type(self)(_beta_of(alpha_bar), alpha_bar, self._original_timesteps[index])
+        respaced = type(self)(_beta_of(alpha_bar), alpha_bar, self._original_timesteps[index], self.original)
         if self._alpha_bar[-1] > VISIBLE_ALPHA_BAR:
             return respaced  # the schedule itself leaves signal, and has said so
         return respaced._warned(
@@ -222,9 +236,11 @@ class NoiseSchedule:
         """Shift and scale the signal rate to end at 0 and keep its first value (Lin et al. 2023, algorithm 1).
 
         The one way to beta_T = 1: log_snr is -inf at T, where eps says nothing about x_0, so that only x0 and v
-        can be predicted. ValueError where T = 1.
+        can be predicted. ValueError where T = 1, and for a respaced schedule: rescale first.
         """
         rate = self.signal_rate
+        if self._original is not None:
+            raise ValueError("a respaced schedule cannot be rescaled: rescale the original one, then respace that")
         if self.timesteps == 1:
             raise ValueError("a schedule of one timestep cannot be rescaled to zero terminal signal")
         rate = (rate - rate[-1]) * (rate[0] / (rate[0] - rate[-1]))
@@ -270,6 +286,10 @@ def _check_alpha_bar(alpha_bar: Tensor) -> None:
             "alpha_bar must fall strictly and stay inside (0, 1), "
             f"but at t = {t} it is {alpha_bar[t - 1].item()} after {before[t - 1].item()}"
         )
+
+
+def _falling_sigmoid(v: float) -> float:
+    return 1 / (1 + math.exp(v)) if v < 700 else 0.0  # beyond, exp overflows
 
 
 def _beta_of(alpha_bar: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ def timestep_density(process: GaussianDiffusion) -> Tensor:
     predictor's error is 1 / (SNR_t + 1 / s^2).
     """
     shape = _gaussian_terms(process.schedule.log_snr.exp())
+    if len(shape) == 0:
+        return shape
     return (1 - EVEN_PART) * shape / shape.sum() + EVEN_PART / len(shape)
 
 

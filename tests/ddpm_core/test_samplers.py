@@ -176,9 +176,6 @@ def test_zero_terminal_schedules_give_back_mean_and_spread(sampler: str) -> None
     assert x.std().item() == pytest.approx(0.2, rel=0.04)
 
 
-# BUG, reported: with fewer steps than it was trained with, a network that predicts the mean is misread (a spread of
-# more than 1 instead of 0.2).
-@pytest.mark.xfail(strict=True, reason="a respaced process takes a mean for that of its longer step")
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpmpp_2m"])
 def test_a_network_that_predicts_the_mean_samples_in_fewer_steps(sampler: str) -> None:
     process = GaussianDiffusion(LINEAR, predict="mean")

@@ -82,7 +82,7 @@ def test_what_is_written_is_read_again_and_loaded_by_diffusers(given: Callable[[
 def test_a_model_is_exported_as_it_is_built(tmp_path: Path) -> None:
     spec = tiny_spec()
     given = portable(UNetConfig(channels=(16, 16), groups=8))
-    model = Model(spec, safetensors.torch.save(dict(given.weights)), "no-data", "test")
+    model = Model(spec, safetensors.torch.save(dict(given.weights)), "no-data", "test", "none")
     (tmp_path / "out").mkdir()  # an empty folder is as good as none
     digests = export_diffusers(model, tmp_path / "out")
     assert digests[WEIGHTS] == hashlib.sha256((tmp_path / "out" / WEIGHTS).read_bytes()).hexdigest()
