@@ -23,6 +23,7 @@ from typing import Any
 from pipelines.errors import UserError, one_line
 
 _PREFIX = "ddpm-"
+_ANSWER_SECONDS = 10.0
 _OBJECT_STORE_BYTES = 256 * 2**20
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -92,6 +93,7 @@ def _session(address: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _joined(address: str) -> Iterator[None]:
+    _check_answers(address)
     import ray
 
     try:
@@ -102,6 +104,17 @@ def _joined(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """UserError at once where nobody listens: Ray itself tries again for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:  # "auto", or what Ray itself has a word on
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"ray.address: nobody answers at {address} ({one_line(error)})") from None
 
 
 @contextlib.contextmanager

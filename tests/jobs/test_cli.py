@@ -88,7 +88,9 @@ def test_a_field_that_has_an_option_of_its_own_is_not_silently_without_effect(tm
 
 def test_addresses_and_names_that_cannot_be(tmp_path: Path) -> None:
     write_spec(tmp_path / "spec.yaml")
-    assert_refused(ddpm("train", "spec.yaml", "--set", "ray.address=foo", cwd=tmp_path), "ray.address", "foo")
+    for address in ("foo", "127.0.0.1:9"):
+        done = ddpm("train", "spec.yaml", "--set", f"ray.address={address}", cwd=tmp_path)
+        assert_refused(done, "ray.address", address)
 
 
 def test_more_than_the_cluster_has_is_refused_before_anything_starts(tmp_path: Path, ray_address: str) -> None:
