@@ -300,7 +300,7 @@ def submit(
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(help="Port on this host.")] = 5000,
+    port: Annotated[int, typer.Option(help="Port on this host.", min=1, max=65535)] = 5000,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
 ) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from pipelines.errors import Failed, Refused, UserError
+from pipelines.errors import Failed, Refused, UserError, one_line
 from pipelines.store import DamageError
 
 
@@ -58,7 +58,9 @@ def _exit_code(verb: Callable[[], int | None]) -> int:
     except Exception as error:
         # A word of the command line that typer does not take; it has its own classes for that, in no public place.
         if not hasattr(error, "format_message"):
-            raise
+            if type(error).__module__.split(".")[0] != "mlflow":
+                raise
+            return _say(f"failed: MLflow: {one_line(error)}; what is done is kept, run it again when MLflow answers", 1)
         return _say(error.format_message(), 2)
     if code == 130:  # typer's way to pass Ctrl-C on
         return _say("interrupted", 130)

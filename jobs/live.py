@@ -147,9 +147,9 @@ class LogLines(_View):
             return
         self._said = now
         rate = rate or (done - self._began[1]) / max(now - self._began[0], 1e-9)
-        left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
+        speed = f", {rate:,.0f} {unit}/s, {(total - done) / rate:.0f} s left" if rate > 0 else ""
         more = "".join(f", {name} {plain(value)}" for name, value in figures.items())
-        self.say(f"{self._step}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s{left}{more}")
+        self.say(f"{self._step}: {done:,}/{total:,} {unit}{speed}{more}")
 
     def finish(self, step: str, outcome: str, skipped: bool = False) -> None:
         note = "done before" if skipped else f"{time.monotonic() - self._started:.1f} s"

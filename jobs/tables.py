@@ -13,13 +13,15 @@ from pipelines.pipeline import Result
 def show_run(result: Result, ui_command: str) -> None:
     """The end of the main job: scores, champion, where the pictures lie, how to see more."""
     console = _console()
-    if not result.steps_done and result.version == result.champion:
+    promoted = bool(result.decision and result.decision["promoted"])
+    if promoted and not result.steps_done:
         console.print("Nothing to do: every step of this spec is done.")
     show_scores(result.scores, result.evidence)
     if result.champion != result.version:
         console.print(f"version    {result.name} version {result.version}, not the champion")
     champion = f"{result.name} version {result.champion}" if result.champion else f"{result.name} has none"
-    console.print(f"champion   {champion}")
+    earlier = ", by the earlier decision" if result.champion == result.version and not promoted else ""
+    console.print(f"champion   {champion}{earlier}")
     console.print(f"samples    {result.samples['n']:,} images in {result.samples['out']}")
     console.print(f"pictures   {result.grid}")
     console.print(f"run        {result.folder}")
@@ -32,12 +34,12 @@ def show_scores(scores: Sequence[Mapping[str, Any]], evidence: Mapping[str, floa
     for score in scores:
         low, high = score["interval"]
         table.add_row(score["name"], f"{score['value']:.4g}", f"{low:.4g} to {high:.4g}", _measured(score, evidence))
-    n, floor = scores[0]["provenance"]["n"], evidence["frechet_floor"]
-    noise = evidence["noise_over_floor"]
-    table.add_row("  its floor", f"{floor:.4g}", "", f"real images against real images, n = {n}")
-    table.add_row("  of noise", f"{noise * floor:.4g}", "", f"{noise:.0f} floors; uniform noise, n = {n}")
-    accuracy = evidence["feature_accuracy"]
-    table.add_row("  features", f"{accuracy:.4g}", "", "accuracy of the feature network on the held-out images")
+        if score["name"] == "frechet":
+            n, floor = score["provenance"]["n"], evidence["frechet_floor"]
+            noise, accuracy = evidence["noise_over_floor"], evidence["feature_accuracy"]
+            table.add_row("  its floor", f"{floor:.4g}", "", f"real images against real images, n = {n}")
+            table.add_row("  of noise", f"{noise * floor:.4g}", "", f"{noise:.0f} floors; uniform noise, n = {n}")
+            table.add_row("  features", f"{accuracy:.4g}", "", "accuracy of their network on the held-out images")
     _console().print(table)
 
 

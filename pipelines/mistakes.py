@@ -30,6 +30,9 @@ def explain(error: pydantic.ValidationError, root: type[pydantic.BaseModel]) -> 
         return _unknown_choice(field, problem)
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{field}: fields are needed here (name: value), not {_quoted(problem['input'])}"
+    if problem["type"] == "string_pattern_mismatch":
+        allowed = "letters, digits, _ . and - may be in it, the first a letter or digit"
+        return f"{field}: {allowed}; not {_quoted(problem['input'])}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{field}: {message}, not {_quoted(problem['input'])}"
 

@@ -87,7 +87,9 @@ def run(spec: Spec, session: Session) -> Result:
 
 def _check_evaluable(spec: Spec, dataset: Dataset) -> None:
     """UserError, before the training, where the evaluation after it could not be done."""
-    if len(dataset.classes) < 2 or any(split["unlabelled"] for split in dataset.card["splits"].values()):
+    if len(dataset.classes) == 1:
+        raise UserError(f"data.source: {spec.data.source} has one class, scores need two or more; or use `ddpm train`")
+    if not dataset.classes or any(split["unlabelled"] for split in dataset.card["splits"].values()):
         raise UserError(
             f"data.source: {spec.data.source} has no labels for every image, which scores need: "
             "put each class in a folder of its own, or use `ddpm train`, which needs none"

@@ -55,6 +55,8 @@ class Job:
     def check_place(self) -> None:
         """UserError where the place cannot be written, or holds another job or other files."""
         record = self.record()
+        if self.place.path.exists() and not self.place.path.is_dir():
+            raise UserError(f"--out {self.place}: is a file; name a folder")
         if (self.place / _JOB).exists():
             there = (self.place / _JOB).read_json()
             differing = sorted(k for k in record if there.get(k) != record[k])

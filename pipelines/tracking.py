@@ -25,7 +25,9 @@ from pipelines.train.run import Run, environment
 _RECORD = "tracking.json"
 _BATCH = 1000
 """Most metrics of one request, by MLflow's own limit."""
+_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "file", "databricks")
 _SETTINGS = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -52,6 +54,8 @@ class Address:
         """The tracker of a spec: by default a sqlite file in the store."""
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store / 'mlflow.db'}"
         uri = absolute_uri(uri)
+        if "://" in uri and uri.split("://")[0].split("+")[0] not in _SCHEMES:
+            raise UserError(f"tracking.uri: {uri} is no address that MLflow knows; give one of {', '.join(_SCHEMES)}")
         local = not uri.startswith(("http://", "https://", "databricks"))
         return Address(uri, (store / "mlflow-artifacts").path.as_uri() if local else None)
 

@@ -124,6 +124,8 @@ class Dataset:
         try:
             card = file.read_json()
         except (FileNotFoundError, NotADirectoryError):
+            if not place.exists():
+                raise UserError(f"{place}: there is no such folder; a store keeps its datasets in datasets/") from None
             raise UserError(f"{place}: no finished dataset here ({CARD} is missing); ingest it again") from None
         except ValueError as error:
             raise DamageError(f"{file} is not JSON: {error}") from None

@@ -57,6 +57,11 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
     n = len(held_out) // 2
     if n < 2:
         raise UserError(f"data.held_out: {len(held_out)} images held out are too few to score against, raise it")
+    if n < spec.evaluate.feature_width:
+        session.progress.say(
+            f"warning: at n = {n}, fewer than the {spec.evaluate.feature_width} features, much of Frechet is chance: "
+            "hold out more images (data.held_out), or add some"
+        )
     net = feature_net(dataset, spec.evaluate, session)
 
     # The bound's tasks run beside the sampling; each takes a fixed part of the images, whoever computes it.

@@ -82,6 +82,9 @@ def promote(name: str, version: str, gates: Gates, tracking_uri: str, store: Pla
 
 def promote_by_name(name: str, version: int | None, tracking_uri: str, store: Place) -> dict[str, Any]:
     """Promote a version (by default the newest) through the gates of the spec it was trained by."""
+    if "@" in name:
+        name, _, given = name.partition("@")
+        raise UserError(f"{name}@{given}: promote takes the name alone: {name} --version {given}")
     if version is None:
         version = list_models(tracking_uri, name)[0]["versions"][-1]["version"]
     gates = download(name, str(version), tracking_uri).spec.promote

@@ -68,7 +68,13 @@ def train(
             _say_what_changed(run.checkpoints.environment(step), progress)
         _check_resources(spec, cluster)
         tracker.start(run, spec, dataset)
-        _fit_and_watch(spec, dataset, run, tracker, progress)
+        try:
+            _fit_and_watch(spec, dataset, run, tracker, progress)
+        except KeyboardInterrupt:
+            step = run.checkpoints.latest_step()
+            kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
+            progress.say(f"run {run.name} {kept}")
+            raise
         tracker.ship(run, spec, dataset, final=True)
     done = trained(run, spec)
     if done is None:

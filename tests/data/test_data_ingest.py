@@ -269,8 +269,10 @@ def test_unknown_formats_and_damaged_manifests_are_named(pictures: Path, make: I
     (place / "shards.parquet").path.unlink()
     with pytest.raises(DamageError, match=r"shards\.parquet is missing"):
         Dataset.open(place)
-    with pytest.raises(UserError, match="no finished dataset"):
+    with pytest.raises(UserError, match="there is no such folder"):
         Dataset.open(Place.of(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="no finished dataset"):
+        Dataset.open(Place.of(tmp_path))
 
 
 def test_a_shard_name_cannot_lead_out_of_the_folder(pictures: Path, make: Ingest) -> None:

@@ -81,6 +81,18 @@ def test_verbs_that_only_read_make_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_trackers_outputs_and_ports_that_cannot_be(tmp_path: Path) -> None:
+    write_spec(tmp_path / "spec.yaml")
+    (tmp_path / "file").write_text("")
+    assert_refused(ddpm("train", "spec.yaml", "--tracking-uri", "foo://x", cwd=tmp_path), "tracking.uri", "foo://x")
+    assert_refused(ddpm("ui", "--port", "99999999", cwd=tmp_path), "port")
+    assert_refused(ddpm("promote", "tiny@1", "--storage", "s", cwd=tmp_path), "no tracking database")
+    done = ddpm("models", "--tracking-uri", "http://127.0.0.1:9", cwd=tmp_path, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ddpm: failed: MLflow: ")
+
+
 def test_a_field_that_has_an_option_of_its_own_is_not_silently_without_effect(tmp_path: Path) -> None:
     done = ddpm("sample", "tiny-1", "--out", "out", "--set", "sample.n=5", cwd=tmp_path)
     assert_refused(done, "sample.n=5", "--n")
