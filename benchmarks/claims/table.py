@@ -1,7 +1,7 @@
 """Markdown out of the results that are there: means over seeds, with their standard deviation."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.claims import forward
@@ -127,31 +127,33 @@ def _mean(values: Sequence[float | None], digits: int = 3) -> str:
     return f"{statistics.fmean(there):.{digits}f}" if there else NOTHING
 
 
-def _by_steps(cell: Callable[[Way], str]) -> str:
-    rows = []
-    for steps in STEPS:
-        cells = [cell(Way(sampler, steps, variance)) for sampler, variance in SAMPLERS.values()]
-        rows.append([str(steps), *cells])
-    return _rows(["steps", *SAMPLERS], rows)
-
-
 def _samplers(study: Study, seeds: Sequence[int]) -> str:
-    model = VARIANTS[BASELINE]
+    compared = {"DPM-Solver++(2M)": "DDIM"}  # all others with the first sampler
 
-    def distance(way: Way) -> str:
-        return spread([_value(study.frechet(model, seed, way)) for seed in seeds])
+    def results(name: str, steps: int) -> list[Any]:
+        sampler, variance = SAMPLERS[name]
+        return [study.frechet(VARIANTS[BASELINE], seed, Way(sampler, steps, variance)) for seed in seeds]
 
-    def floors(way: Way) -> str:
-        found = [study.frechet(model, seed, way) for seed in seeds]
-        return _mean([None if r is None else r["value"] / r["floor"] for r in found], 1)
+    def distances(name: str, steps: int) -> list[float | None]:
+        return [_value(result) for result in results(name, steps)]
 
-    def both(way: Way) -> str:
-        return f"{distance(way)} ({floors(way)})"
+    def cell(name: str, steps: int) -> str:
+        floors = _mean([None if r is None else r["value"] / r["floor"] for r in results(name, steps)], 1)
+        return NOTHING if floors == NOTHING else f"{spread(distances(name, steps))} ({floors})"
 
+    first, *others = SAMPLERS
+    pairs = [(name, compared.get(name, first)) for name in others]
+    differences = [
+        [str(steps), *(spread(_differences(distances(a, steps), distances(b, steps))) for a, b in pairs)]
+        for steps in STEPS
+    ]
+    rows = [[str(steps), *(cell(name, steps) for name in SAMPLERS)] for steps in STEPS]
     return (
         "### 3. Samplers\n\n"
         "Frechet distance (in floors) of the models eps with the linear schedule, trailing spacing, the same seeds for "
-        f"every sampler.\n\n{_by_steps(both)}"
+        f"every sampler.\n\n{_rows(['steps', *SAMPLERS], rows)}\n\n"
+        "Differences, taken seed by seed:\n\n"
+        f"{_rows(['steps', *(f'{a} − {b}' for a, b in pairs)], differences)}"
     )
 
 
