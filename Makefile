@@ -17,8 +17,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the main job on real images: a promoted model and pictures of what it draws
 	$(BIN)/ddpm run jobs/presets/digits.yaml
 
-test: $(READY)  ## the tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## the tests, in two processes, of which one has the only Ray
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 cluster: $(READY)  ## the tests that start a cluster of their own
 	$(BIN)/python -m pytest -m cluster

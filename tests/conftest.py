@@ -13,6 +13,15 @@ from pipelines.session import Session, open_session
 from pipelines.spec import Spec, parse_spec
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes run the tests, one has all that need Ray, and begins with them: they take longest."""
+    on_ray = [item for item in items if "cluster" in getattr(item, "fixturenames", ())]
+    for item in on_ray:
+        item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: item not in on_ray)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A local Ray, started as the product starts it."""

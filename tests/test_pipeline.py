@@ -230,24 +230,46 @@ def wait_for_checkpoint(store: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_driver_is_picked_up_again_to_the_same_bits(
+class Killer(Progress):
+    """Kills one training worker as soon as training is seen to go on."""
+
+    def __init__(self) -> None:
+        self.killed: list[int] = []
+
+    def advance(self, done: int, total: int, unit: str, rate: float | None = None, **figures: float) -> None:
+        if unit == "images" and figures and not self.killed:
+            self.killed.append(newest_train_worker())
+            os.kill(self.killed[0], signal.SIGKILL)
+
+
+def newest_train_worker() -> int:
+    """Process id of a Ray Train worker below this process."""
+    processes = psutil.Process().children(recursive=True)
+    workers = [p for p in processes if "RayTrainWorker" in " ".join(p.cmdline())]
+    return max(workers, key=psutil.Process.create_time).pid
+
+
+def test_a_killed_driver_and_then_a_killed_worker_change_no_bit(
     cluster: Cluster, ray_address: str, tmp_path: Path
 ) -> None:
-    """SIGKILL in the middle of training; a second driver is refused while the first lives."""
+    """SIGKILL in the middle of training, twice; a second driver is refused while the first lives."""
     fields = {"train__workers": 2, "train__images": 6_400, "train__checkpoint_every": 20}
-    spec, store = tiny_spec(**fields), tmp_path / "store"
+    spec, store, killer = tiny_spec(**fields), tmp_path / "store", Killer()
+    session = open_session(cluster, killer, spec, storage=str(store))
     process = drive(write_spec(tmp_path / "spec.yaml", **fields), store, ray_address)
     wait_for_checkpoint(store, process)
-    session = open_session(cluster, Progress(), spec, storage=str(store))
     with pytest.raises(UserError, match=f"is being driven by process {process.pid} "):
         run_training(spec, session)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     (folder,) = (store / "runs").iterdir()
-    killed = Run(session.store / "runs" / folder.name)
-    assert 0 < killed.last_step() < 200
+    run = Run(session.store / "runs" / folder.name)
+    assert 0 < run.last_step() < 200
+    assert not killer.killed
+
     outputs = run_training(spec, session)
-    assert outputs["attempts"] == 2
+    assert killer.killed
+    assert outputs["attempts"] == 3
 
     dataset = Dataset.open(session.store / "datasets" / (session.store / "datasets").list()[0])
     alone = Run.of(spec, dataset.digest, Place.of(tmp_path / "alone"))
@@ -255,34 +277,6 @@ def test_a_killed_driver_is_picked_up_again_to_the_same_bits(
     train(spec, dataset, alone)  # one process, no Ray
     assert alone.checkpoints.digests(200)["model.safetensors"] == outputs["model_sha256"]
     assert alone.checkpoints.digests(200)["ema.safetensors"] == outputs["ema_sha256"]
-    rows = [(row.step, row.exact) for row in killed.journal.read(200)]
+    rows = [(row.step, row.exact) for row in run.journal.read(200)]
     assert rows == [(row.step, row.exact) for row in alone.journal.read(200)]
     assert len(rows) == 200
-
-
-def test_a_killed_worker_is_replaced_and_the_bits_are_the_same(
-    cluster: Cluster, session: Session, tmp_path: Path
-) -> None:
-    spec = tiny_spec(train__workers=2, train__images=6_400, train__checkpoint_every=20)
-    killed: list[int] = []
-
-    class Killer(Progress):
-        def advance(self, done: int, total: int, unit: str, rate: float | None = None, **figures: float) -> None:
-            if unit == "images" and figures and not killed:
-                killed.append(one_train_worker())
-                os.kill(killed[0], signal.SIGKILL)
-
-    outputs = run_training(spec, replace(session, progress=Killer()))
-    assert killed
-    assert outputs["attempts"] == 2
-    dataset = Dataset.open(session.store / "datasets" / (session.store / "datasets").list()[0])
-    alone = Run.of(spec, dataset.digest, Place.of(tmp_path / "alone"))
-    alone.describe(spec, dataset.digest)
-    train(spec, dataset, alone)
-    assert alone.checkpoints.digests(200)["model.safetensors"] == outputs["model_sha256"]
-
-
-def one_train_worker() -> int:
-    """Process id of a Ray Train worker below this process."""
-    processes = psutil.Process().children(recursive=True)
-    return next(p.pid for p in processes if "RayTrainWorker" in " ".join(p.cmdline()))

@@ -22,8 +22,8 @@ from pipelines.train.run import Run
 from tests.conftest import tiny_fields, tiny_spec
 
 SCHEDULE = {"kind": "cosine", "s": 0.008}
-GOOD, POOR = 5e-3, 1e-8
-"""Learning rates: one that learns, and one that does not."""
+GOOD, POOR, DIVERGES = 5e-3, 1e-8, 1e30
+"""Learning rates: one that learns, one that does not, and one that ends in what is no number."""
 
 
 def sweep_spec(parameters: dict[str, list[Any]], train_fields: dict[str, Any] | None = None, **sweep: Any) -> Spec:
@@ -48,17 +48,21 @@ def unsettled(cluster: Cluster) -> str:
         time.sleep(0.2)
 
 
-def test_a_grid_is_ranked_by_held_out_bits_and_the_winner_is_a_spec(
+def test_a_grid_is_ranked_by_held_out_bits_and_its_winner_is_a_spec(
     cluster: Cluster, session: Session, tmp_path: Path
 ) -> None:
-    spec = sweep_spec({"train.learning_rate": [POOR, GOOD], "diffusion.schedule": [SCHEDULE]}, concurrent=2)
+    parameters = {"train.learning_rate": [DIVERGES, POOR, GOOD], "diffusion.schedule": [SCHEDULE]}
+    spec = sweep_spec(parameters, {"grad_clip": None}, concurrent=2)
     outputs = run_sweep(spec, session)
-    best, worst = outputs["ranking"]
+    best, worst, diverged = outputs["ranking"]
     assert best["parameters"] == {"train.learning_rate": GOOD, "diffusion.schedule": SCHEDULE}
     assert best["bits_per_dim"] < worst["bits_per_dim"]
     assert best["finished"]
     assert worst["finished"]
     assert best["frechet"] > 0
+    assert not diverged["finished"]
+    assert "diverged" in diverged["error"]
+    assert (best["error"], worst["error"]) == (None, None)
     assert unsettled(cluster) == ""
 
     # The winner's figure is that of its checkpoint, and the checkpoint is that of plain training.
@@ -69,6 +73,8 @@ def test_a_grid_is_ranked_by_held_out_bits_and_the_winner_is_a_spec(
     train(winner, dataset, alone)
     trained = run_training(winner, session)
     assert trained["attempts"] == 1, "the sweep had trained it already"
+    pins = Run(session.store / "runs" / best["run"]).checkpoints.place / "pins"
+    assert "60" in pins.list(), "a longer run must not thin out the trial's end"
     assert alone.checkpoints.digests(60)["ema.safetensors"] == trained["ema_sha256"]
     assert held_out_bits(of_checkpoint(alone, 60), dataset, winner) == best["bits_per_dim"]
 
@@ -76,8 +82,8 @@ def test_a_grid_is_ranked_by_held_out_bits_and_the_winner_is_a_spec(
     runs = client.search_runs([client.get_experiment_by_name("ddpm").experiment_id])
     parents = [r for r in runs if "ddpm.sweep" in r.data.tags]
     children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
-    assert {r.data.tags["ddpm.rank"] for r in children} == {"1", "2"}
-    assert all(client.get_metric_history(r.info.run_id, "loss") for r in children)
+    assert {r.data.tags["ddpm.rank"] for r in children} == {"1", "2", "3"}
+    assert all(client.get_metric_history(r.info.run_id, "loss") for r in children if r.data.tags["ddpm.rank"] != "3")
     assert run_sweep(spec, session) == outputs
 
 
@@ -95,16 +101,6 @@ def test_an_early_stop_of_a_group_frees_its_place(cluster: Cluster, session: Ses
     assert 0 < poor["images"] < 1920
     assert poor["frechet"] is None
     assert unsettled(cluster) == ""
-
-
-def test_a_trial_that_diverges_is_ranked_last_with_the_reason(session: Session) -> None:
-    spec = sweep_spec({"train.learning_rate": [1e30, GOOD]}, {"grad_clip": None})
-    good, diverged = run_sweep(spec, session)["ranking"]
-    assert good["parameters"] == {"train.learning_rate": GOOD}
-    assert (good["error"], diverged["finished"]) == (None, False)
-    assert "diverged" in diverged["error"]
-    run = Run(session.store / "runs" / good["run"])
-    assert "60" in (run.checkpoints.place / "pins").list(), "a longer run must not thin out the trial's end"
 
 
 def test_random_trials_are_distinct_points_keyed_by_the_seed() -> None:
