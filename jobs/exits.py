@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
+from jobs.notices import warnings_to
 from pipelines.errors import Failed, Refused, UserError, one_line
 from pipelines.store import DamageError
 
@@ -21,7 +22,7 @@ def end_process(verb: Callable[[], int | None]) -> NoReturn:
     """Run a verb and end the process: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted."""
     signal.signal(signal.SIGTERM, _terminate)
     warnings.filterwarnings("once", category=UserWarning)
-    warnings.showwarning = _warn
+    warnings_to(lambda line: _say(line, 0))
     code = 1
     try:
         code = _exit_code(verb)
@@ -75,19 +76,6 @@ def _plain(refusal: Refused) -> dict[str, Any]:
 def _say(message: str, code: int) -> int:
     print(f"ddpm: {message}", file=sys.stderr)
     return code
-
-
-def _warn(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    # Ours and the user's concern; a library's notes to its own developers are not.
-    if issubclass(category, UserWarning):
-        _say(f"warning: {message}", 0)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -4,7 +4,7 @@ import sys
 import time
 import warnings
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from jobs.notices import warnings_to
 from pipelines.progress import Progress as Listener
 from pipelines.progress import plain
 
@@ -36,26 +37,13 @@ class _View(Listener):
     def __enter__(self) -> Self:
         self._catcher = warnings.catch_warnings()
         self._catcher.__enter__()
-        warnings.showwarning = self._warn
+        warnings_to(self.say)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._catcher.__exit__(kind, error, trace)
-
-    def _warn(
-        self,
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        # Ours and the user's concern; a library's notes to its own developers are not.
-        if issubclass(category, UserWarning):
-            self.say(f"warning: {message}")
 
 
 class _TimeLeft(TimeRemainingColumn):

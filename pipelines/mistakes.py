@@ -10,6 +10,11 @@ _SHOWN = 60
 """Most characters of a wrong value that are quoted."""
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """What was meant, most likely; None where nothing is near."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
+
+
 def explain(error: pydantic.ValidationError, root: type[pydantic.BaseModel]) -> str:
     """The first mistake that matters: an unknown field often makes a required one missing too, so it goes first."""
     problems = error.errors(include_url=False)
@@ -18,7 +23,7 @@ def explain(error: pydantic.ValidationError, root: type[pydantic.BaseModel]) -> 
     field = ".".join(path)
     if problem["type"] == "extra_forbidden":
         known = list(section.model_fields) if section else []
-        near = _nearest(path[-1], known)
+        near = nearest(path[-1], known)
         return f"unknown field {field}: " + (
             f"did you mean {'.'.join([*path[:-1], near])}?" if near else f"fields here: {', '.join(known)}"
         )
@@ -46,13 +51,9 @@ def _unknown_choice(field: str, problem: Any) -> str:
     else:
         choices = context["expected"].replace(" or ", ", ")
     known = [word.strip().strip("'") for word in choices.split(",")]
-    near = _nearest(str(given), known)
+    near = nearest(str(given), known)
     hint = f"did you mean {near}?" if near else f"choose one of {', '.join(known)}"
     return f"{field}: there is no {_quoted(given)}: {hint}"
-
-
-def _nearest(word: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
 
 
 def _quoted(value: Any) -> str:

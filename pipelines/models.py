@@ -19,6 +19,7 @@ from pipelines.build import build_model, build_process
 from pipelines.errors import UserError
 from pipelines.fields import apply_overrides
 from pipelines.interop import is_diffusers
+from pipelines.mistakes import nearest
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import DamageError, Place, identity, sha256
 from pipelines.tracking import Tracker
@@ -28,6 +29,8 @@ from pipelines.train.run import Run, find_run
 CONFIG = "config.json"
 WEIGHTS = "ema.safetensors"
 FORMAT = 2
+_SETTABLE = ("sample", "evaluate", "promote")
+"""Sections of a model's spec that may be set anew."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,10 @@ def find_model(text: str, store: Place, tracker: Tracker, overrides: Sequence[st
     what it is. UserError where there is none.
     """
     for override in overrides:
-        if override.split(".")[0] not in ("sample", "evaluate", "promote"):
-            raise UserError(f"--set {override}: of a model, only sample, evaluate and promote can be set")
+        if (section := override.split(".")[0]) not in _SETTABLE:
+            near = nearest(section, _SETTABLE)
+            hint = f"did you mean {near}?" if near else f"of a model, only {', '.join(_SETTABLE)} can be set"
+            raise UserError(f"--set {override}: {hint}")
     model, of_run = _find(text, store, tracker)
     if not overrides:
         return model

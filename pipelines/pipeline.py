@@ -13,7 +13,7 @@ from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.steps import Done, Step, Steps
 from pipelines.store import Place, identity, sha256
-from pipelines.train.run import Run, training_identity
+from pipelines.train.run import Run, check_trainable, training_identity
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def ingest_step(spec: Spec, session: Session) -> Step:
 
 
 def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
-    """The U-Net learns."""
+    """The U-Net learns. UserError where it cannot learn from these images."""
+    check_trainable(spec, dataset)
 
     def work() -> dict[str, Any]:
         from pipelines.train.driver import train

@@ -25,7 +25,7 @@ from pipelines.spec import Spec, Sweep, dump_spec, parse_spec
 from pipelines.steps import Step
 from pipelines.store import Place, identity
 from pipelines.train.loop import LIVE
-from pipelines.train.run import Run, training_identity
+from pipelines.train.run import Run, check_trainable, training_identity
 from pipelines.trial import CLOCK, METRIC, run_trial
 
 _OF_TRAINING = tuple(
@@ -58,6 +58,8 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
     if spec.sweep is None:
         raise UserError("sweep: this spec has no `sweep:` section, add one with the parameters to try")
     trials = trial_specs(spec)
+    for _, trial in trials:
+        check_trainable(trial, dataset)
     inputs = {
         "name": spec.name,
         "dataset": dataset.digest,

@@ -46,9 +46,6 @@ def train(
     spec: Spec, dataset: Dataset, store: Place, cluster: Cluster, tracker: Tracker, progress: Progress
 ) -> Trained:
     """Train to `spec.train.images`, from the last checkpoint if there is one. UserError for what the user can mend."""
-    if not len(dataset.split("train")):
-        raise UserError("data.held_out: no image is left for training, lower it or add images")
-    _check_classes(spec, dataset)
     run = Run.of(spec, dataset.digest, store)
     if (done := trained(run, spec)) is not None:
         run.checkpoints.pin(done.step)
@@ -97,16 +94,6 @@ def trained(run: Run, spec: Spec) -> Trained | None:
         model_sha256=digests[MODEL],
         ema_sha256=digests[EMA],
     )
-
-
-def _check_classes(spec: Spec, dataset: Dataset) -> None:
-    if (classes := spec.model.classes) is None:
-        return
-    if classes != len(dataset.classes) or dataset.card["splits"]["train"]["unlabelled"]:
-        raise UserError(
-            f"model.classes: {classes}, but the images have {len(dataset.classes)} classes, and all need one: "
-            "put each class in a folder of its own, or leave model.classes out"
-        )
 
 
 def _say_what_changed(then: Mapping[str, Any], progress: Progress) -> None:

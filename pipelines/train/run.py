@@ -11,6 +11,7 @@ import platform
 from collections.abc import Iterator
 from typing import Any
 
+from pipelines.data.manifest import Dataset
 from pipelines.errors import UserError
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place, identity
@@ -94,6 +95,19 @@ def training_identity(spec: Spec) -> dict[str, Any]:
 
         fields["train"]["init_from"] = initial_digest(folder)
     return fields
+
+
+def check_trainable(spec: Spec, dataset: Dataset) -> None:
+    """UserError, before anything starts, where these images are not what the spec can be trained on."""
+    if not len(dataset.split("train")):
+        raise UserError("data.held_out: no image is left for training, lower it or add images")
+    if (classes := spec.model.classes) is None:
+        return
+    if classes != len(dataset.classes) or dataset.card["splits"]["train"]["unlabelled"]:
+        raise UserError(
+            f"model.classes: {classes}, but the images have {len(dataset.classes)} classes, and all need one: "
+            "put each class in a folder of its own, or leave model.classes out"
+        )
 
 
 def find_run(name: str, store: Place) -> Run:

@@ -96,6 +96,8 @@ def test_trackers_outputs_and_ports_that_cannot_be(tmp_path: Path) -> None:
 def test_a_field_that_has_an_option_of_its_own_is_not_silently_without_effect(tmp_path: Path) -> None:
     done = ddpm("sample", "tiny-1", "--out", "out", "--set", "sample.n=5", cwd=tmp_path)
     assert_refused(done, "sample.n=5", "--n")
+    done = ddpm("sample", "tiny-1", "--out", "out", "--set", "smaple.steps=5", cwd=tmp_path)
+    assert_refused(done, "smaple.steps=5: did you mean sample?")
 
 
 def test_addresses_and_names_that_cannot_be(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from pipelines.errors import UserError
 from pipelines.evaluate.job import held_out_bits
 from pipelines.interop import export_diffusers
 from pipelines.models import find_model, of_checkpoint
+from pipelines.pipeline import run, run_sweep, run_training
 from pipelines.progress import Progress
 from pipelines.session import open_session
-from pipelines.spec import Spec
+from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place
-from pipelines.train.driver import train as drive
 from pipelines.train.loop import train
 from pipelines.train.run import Run
 from tests.conftest import tiny_fields, tiny_spec
@@ -85,13 +85,17 @@ def test_a_conditional_model_is_drawn_and_scored_by_class(dataset: Dataset, tmp_
     assert 0 < held_out_bits(model, dataset, spec) < 20
 
 
-def test_classes_are_those_of_the_dataset(dataset: Dataset, tmp_path: Path) -> None:
+def test_classes_are_those_of_the_dataset(tmp_path: Path) -> None:
     fields = tiny_fields()
     spec = tiny_spec(model={**fields["model"], "classes": 9})
     with Cluster(None) as unused:
         session = open_session(unused, Progress(), spec, str(tmp_path))
+        for verb in (run_training, run):
+            with pytest.raises(UserError, match=r"model\.classes: 9, but the images have 10 classes"):
+                verb(spec, session)
+        fields = {**spec.model_dump(mode="json"), "sweep": {"parameters": {"seed": [1, 2]}}}
         with pytest.raises(UserError, match=r"model\.classes: 9, but the images have 10 classes"):
-            drive(spec, dataset, session.store, unused, session.tracker, Progress())
+            run_sweep(parse_spec(fields), session)
 
 
 def test_an_average_of_another_length_is_made_after_training(dataset: Dataset, tmp_path: Path) -> None:
