@@ -133,14 +133,24 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(
     write_spec(tmp_path / "spec.yaml", train__images=10_000_000)
     command = [sys.executable, "-m", "jobs", "train", "spec.yaml"]
     command += [] if own_ray else ["--set", f"ray.address={ray_address}"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("ddpm-store/runs/*/checkpoints/0*/MANIFEST.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    # A shell's background job, which the tests may be, ignores SIGINT, and its children with it.
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("ddpm-store/runs/*/checkpoints/0*/MANIFEST.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "ddpm: interrupted"
     assert "Traceback" not in said
