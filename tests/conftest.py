@@ -16,7 +16,7 @@ from pipelines.spec import Spec, parse_spec
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several processes run the tests, one has all that need Ray, and begins with them: they take longest."""
-    on_ray = [item for item in items if "cluster" in getattr(item, "fixturenames", ())]
+    on_ray = {item for item in items if "cluster" in getattr(item, "fixturenames", ())}
     for item in on_ray:
         item.add_marker(pytest.mark.xdist_group("ray"))
     items.sort(key=lambda item: item not in on_ray)

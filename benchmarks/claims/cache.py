@@ -1,4 +1,4 @@
-"""Stages on disk: each result lies under a hash of all that decides it, written whole or not at all."""
+"""Stages on disk: each result lies under a hash of its settings (not of the code), written whole or not at all."""
 
 import json
 import sys

@@ -26,9 +26,6 @@ from tests.ddpm_core.diffusers_helpers import (
 Step = Callable[[Scheduler, Tensor, int, Tensor, Tensor], Tensor]
 
 
-# Whole trajectories, of a network.
-
-
 @pytest.fixture(scope="module")
 def network() -> UNet:
     return trained(UNetConfig(image_channels=3, channels=(8,), groups=4))

@@ -1,11 +1,13 @@
 """The `ddpm` command as a person meets it: one line and exit 2 for each mistake, nothing half-written."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -96,6 +98,9 @@ def test_trackers_outputs_and_ports_that_cannot_be(tmp_path: Path) -> None:
 def test_a_field_that_has_an_option_of_its_own_is_not_silently_without_effect(tmp_path: Path) -> None:
     done = ddpm("sample", "tiny-1", "--out", "out", "--set", "sample.n=5", cwd=tmp_path)
     assert_refused(done, "sample.n=5", "--n")
+
+
+def test_a_section_of_a_model_suggests_the_nearest(tmp_path: Path) -> None:
     done = ddpm("sample", "tiny-1", "--out", "out", "--set", "smaple.steps=5", cwd=tmp_path)
     assert_refused(done, "smaple.steps=5: did you mean sample?")
 
@@ -133,14 +138,8 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(
     write_spec(tmp_path / "spec.yaml", train__images=10_000_000)
     command = [sys.executable, "-m", "jobs", "train", "spec.yaml"]
     command += [] if own_ray else ["--set", f"ray.address={ray_address}"]
-    # A shell's background job, which the tests may be, ignores SIGINT, and its children with it.
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )
+    with not_ignored(number):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("ddpm-store/runs/*/checkpoints/0*/MANIFEST.json")):
@@ -156,6 +155,19 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(
     assert "Traceback" not in said
     assert not list(Path("/tmp").glob(f"ddpm-{process.pid}-*"))
     assert not processes_naming(f"ddpm-{process.pid}-")
+
+
+@contextlib.contextmanager
+def not_ignored(number: signal.Signals) -> Iterator[None]:
+    """A shell's background job, which the tests may be, ignores SIGINT, and the processes that it starts inherit it."""
+    if signal.getsignal(number) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def processes_naming(text: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The product's training against the same training written out with torch's own tools, every ingredient switched on.
+"""The product's training against the same training written with torch's own tools: every part of the plain objective.
 
 The reference below knows the spec, the contract (docs/determinism.md) and the order of the images; it shares no code
 with `pipelines/train`. It differs where it may: AdamW tensor by tensor and not on one flat vector, slots summed one
