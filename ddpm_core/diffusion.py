@@ -2,7 +2,10 @@
 
 Notation of Ho et al. 2020 (DDPM). Images are float tensors [N, C, H, W] in [-1, 1] (the formulas hold for any
 shape [N, ...]); t is an integer tensor [N] in 1..T. Coefficients are tabled in float64, gathered by t and cast to
-the images' dtype.
+the images' dtype, but to float32 for images in half precision, which are reckoned with in float32 and rounded once.
+
+Integer images, shapes that do not fit, timesteps outside 1..T and images or noise that are not finite are ValueErrors.
+Only the network's output may hold NaN, and hands it on: a training that diverges is to be seen in its loss.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_core import losses
+from ddpm_core.checks import check_finite, check_images, check_same_shape, checked_timesteps
 from ddpm_core.schedule import NoiseSchedule
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +45,8 @@ class GaussianDiffusion:
     (Nichol and Dhariwal 2021, "Improved DDPM", eq. 15; v is not confined to -1..1, as there).
 
     Any prediction goes with "small" and "large"; "learned_range" with all but "mean". ValueError for other
-    combinations, and for "eps" on a schedule with zero terminal signal.
+    combinations, and for "eps" on a schedule with zero terminal signal; with "eps" and "mean", x0 cannot be read in
+    float32 where that holds no signal (alpha_bar_T below 1e-89 or so), which is a ValueError too.
     """
 
     def __init__(self, schedule: NoiseSchedule, predict: str = "eps", variance: str = "small") -> None:
@@ -56,7 +61,10 @@ class GaussianDiffusion:
         self.schedule = schedule
         self.predict = predict
         self.variance = variance
-        self._tables = {torch.device("cpu"): _tables(schedule)}
+        tables = _tables(schedule)
+        self._tables = {torch.device("cpu"): tables}
+        divisor = {"eps": "signal_rate", "mean": "mean_x0"}.get(predict)  # of x0, see predict_x0
+        self._needs_float64 = divisor is not None and not tables[divisor].float().all()
 
     @property
     def timesteps(self) -> int:
@@ -71,45 +79,64 @@ class GaussianDiffusion:
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, a draw of q(x_t | x_0) (DDPM, eq. 4)."""
-        t = self._checked(t, x0)
-        _check_shapes(x0, eps)
-        return _finite(self.at("signal_rate", t, x0) * x0 + self.at("noise_rate", t, x0) * eps)
+        return self._noised("signal_rate", x0, "noise_rate", t, eps)
 
     def q_step(self, x_prev: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps, one Markov step q(x_t | x_{t-1}) (DDPM, eq. 2)."""
-        t = self._checked(t, x_prev)
-        _check_shapes(x_prev, eps)
-        return _finite(self.at("sqrt_alpha", t, x_prev) * x_prev + self.at("sqrt_beta", t, x_prev) * eps)
+        return self._noised("sqrt_alpha", x_prev, "sqrt_beta", t, eps)
+
+    def _noised(self, signal: str, images: Tensor, noise: str, t: Tensor, eps: Tensor) -> Tensor:
+        t = self._checked(t, images)
+        check_same_shape(images, eps)
+        x, eps_wide = _wide(images), _wide(eps)
+        x_t = self._at(signal, t, x) * x + self._at(noise, t, x) * eps_wide
+        check_finite(x_t)
+        return x_t.to(torch.promote_types(images.dtype, eps.dtype))
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance, both of x_t's shape, of q(x_{t-1} | x_t, x_0) (DDPM, eqs. 6 and 7)."""
+        """Mean and variance, both of x_t's shape, of q(x_{t-1} | x_t, x_0) (DDPM, eqs. 6 and 7): float32 at least."""
         t = self._checked(t, x_t)
-        _check_shapes(x_t, x0)
-        mean = self.at("posterior_x0", t, x_t) * x0 + self.at("posterior_x_t", t, x_t) * x_t
-        return mean, self.at("posterior_variance", t, x_t).expand_as(mean)
+        check_images(x0)
+        check_same_shape(x_t, x0)
+        check_finite(x0)
+        check_finite(x_t)
+        return self._posterior(x0, x_t, t)
+
+    def _posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`posterior` of what is checked, but for an x0 that the network answered."""
+        x0, x_t = _wide(x0), _wide(x_t)
+        mean = self._at("posterior_x0", t, x_t) * x0 + self._at("posterior_x_t", t, x_t) * x_t
+        return mean, self._at("posterior_variance", t, x_t).expand_as(mean)
 
     # What the network says. It may compute in half precision; what its output stands for is reckoned in float32 at
     # least, for near T an error of the mean comes back thousands of times larger in x0.
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network should have answered at x_t = q_sample(x0, t, eps)."""
+        """What the network should have answered at x_t = q_sample(x0, t, eps), float32 at least."""
+        t, x, eps_wide = self._checked(t, x0), _wide(x0), _wide(eps)
+        check_same_shape(x, eps_wide)
         if self.predict == "eps":
-            return eps
+            return eps_wide
         if self.predict == "x0":
-            return x0
-        t = self._checked(t, x0)
+            return x
         if self.predict == "mean":
-            return self.at("mean_x0", t, x0) * x0 + self.at("mean_x_t", t, x0) * self.q_sample(x0, t, eps)
-        return self.at("signal_rate", t, x0) * eps - self.at("noise_rate", t, x0) * x0
+            x_t = self.q_sample(x0, t, eps)
+            return self._at("mean_x0", t, x) * x + self._at("mean_x_t", t, x) * _wide(x_t)
+        return self._at("signal_rate", t, x) * eps_wide - self._at("noise_rate", t, x) * x
 
     def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """The x0 that the network's output stands for."""
         t, x_t, output = self._heard(x_t, t, output)
         if self.predict == "x0":
             return output
+        if self._needs_float64 and x_t.dtype != torch.float64:
+            raise ValueError(
+                f"{self.predict} on {self.schedule} says nothing about x0 in float32, which cannot hold so little "
+                "signal: use float64, predict v or x0, or end the schedule earlier"
+            )
         if self.predict == "mean":
-            return (output - self.at("mean_x_t", t, x_t) * x_t) / self.at("mean_x0", t, x_t)
-        signal, noise = self.at("signal_rate", t, x_t), self.at("noise_rate", t, x_t)
+            return (output - self._at("mean_x_t", t, x_t) * x_t) / self._at("mean_x0", t, x_t)
+        signal, noise = self._at("signal_rate", t, x_t), self._at("noise_rate", t, x_t)
         if self.predict == "eps":
             return (x_t - noise * output) / signal
         return signal * x_t - noise * output
@@ -119,7 +146,7 @@ class GaussianDiffusion:
         t, x_t, output = self._heard(x_t, t, output)
         if self.predict == "eps":
             return output
-        signal, noise = self.at("signal_rate", t, x_t), self.at("noise_rate", t, x_t)
+        signal, noise = self._at("signal_rate", t, x_t), self._at("noise_rate", t, x_t)
         if self.predict == "v":
             return noise * x_t + signal * output
         return (x_t - signal * self.predict_x0(x_t, t, output)) / noise
@@ -129,7 +156,7 @@ class GaussianDiffusion:
         t, x_t, output = self._heard(x_t, t, output)
         if self.predict == "v":
             return output
-        signal, noise = self.at("signal_rate", t, x_t), self.at("noise_rate", t, x_t)
+        signal, noise = self._at("signal_rate", t, x_t), self._at("noise_rate", t, x_t)
         return signal * self.predict_eps(x_t, t, output) - noise * self.predict_x0(x_t, t, output)
 
     def predict_mean(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
@@ -138,28 +165,28 @@ class GaussianDiffusion:
         if self.predict == "mean" and self.schedule.original is self.schedule:
             return output
         # In fewer steps, the network's mean is that of the step it was trained on, which is shorter.
-        return self.posterior(self.predict_x0(x_t, t, output), x_t, t)[0]
+        return self._posterior(self.predict_x0(x_t, t, output), x_t, t)[0]
 
     def predict_variance(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """The variance of p(x_{t-1} | x_t), of x_t's shape; the network has a say for "learned_range" alone."""
         t = self._checked(t, x_t)
         if self.variance != "learned_range":
-            return self.at(f"{self.variance}_variance", t, x_t).expand_as(x_t)
+            return self._at(f"{self.variance}_variance", t, _wide(x_t)).expand_as(x_t)
         choice = self.halves(x_t, output)[1]
         if choice is None:
             raise ValueError("a learned variance is in the second half of the output's channels, which is missing")
-        share = (choice.to(_wide(x_t)) + 1) / 2
-        low, high = self.at("log_small_variance", t, share), self.at("log_beta", t, share)
+        share = (choice.to(_wide(x_t).dtype) + 1) / 2
+        low, high = self._at("log_small_variance", t, share), self._at("log_beta", t, share)
         return (share * high + (1 - share) * low).exp()
 
     def reverse(self, x_t: Tensor, t: Tensor, output: Tensor, clip_x0: bool) -> Reverse:
         """p(x_{t-1} | x_t): the posterior with the predicted x0 put in for x0 (DDPM, eq. 11)."""
-        x_t = x_t.to(_wide(x_t))
+        t, x_t = self._checked(t, x_t), _wide(x_t)
         x0 = self.predict_x0(x_t, t, output)
         variance = self.predict_variance(x_t, t, output)
         if clip_x0:
             x0 = x0.clamp(-1, 1)
-            return Reverse(self.posterior(x0, x_t, t)[0], variance, x0)
+            return Reverse(self._posterior(x0, x_t, t)[0], variance, x0)
         return Reverse(self.predict_mean(x_t, t, output), variance, x0)
 
     def call(self, model: Network, x_t: Tensor, t: Tensor) -> Tensor:
@@ -183,9 +210,8 @@ class GaussianDiffusion:
         if self.variance == "learned_range":
             raise ValueError("this loss does not train a learned variance: use losses.hybrid or losses.vlb")
         output = self.call(model, self.q_sample(x0, t, eps), t)
-        _check_shapes(x0, output)
-        error = output.float() - self.target(x0, t, eps).float()
-        return error.square().flatten(1).mean(1) * weighting(self, t).to(error)
+        check_same_shape(x0, output)
+        return losses.squared_error(self, output, x0, t, eps, weighting)
 
     # Coefficients.
 
@@ -195,8 +221,15 @@ class GaussianDiffusion:
         Names: signal_rate, noise_rate, sqrt_alpha, sqrt_beta, posterior_x0 and posterior_x_t (the factors of x0
         and x_t in the posterior's mean), mean_x0 and mean_x_t (those of the step that the network was trained on,
         which is shorter on a respaced schedule), posterior_variance, small_variance and large_variance (of the reverse
-        step), log_small_variance, log_beta.
+        step), log_small_variance, log_beta. ValueError for another.
         """
+        tables = self._tables[torch.device("cpu")]
+        if name not in tables:
+            raise ValueError(f"there is no coefficient {name!r}: there are {', '.join(tables)}")
+        return self._at(name, self._checked(t, like), like)
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """`at` of a t that is checked."""
         values = self._tables_on(t.device)[name][t - 1].to(like.dtype)
         return values.view(-1, *[1] * (like.ndim - 1))
 
@@ -207,8 +240,10 @@ class GaussianDiffusion:
 
     def _heard(self, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(t, x_t, the prediction in the output), wide enough to reckon with."""
-        wide = _wide(x_t)
-        return self._checked(t, x_t), x_t.to(wide), self.halves(x_t, output)[0].to(wide)
+        t, prediction = self._checked(t, x_t), self.halves(x_t, output)[0]
+        check_finite(x_t)
+        x_t = _wide(x_t)
+        return t, x_t, prediction.to(x_t.dtype)
 
     def halves(self, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """Prediction and, of a learned variance, what chooses it; ValueError for an output of another shape."""
@@ -224,36 +259,17 @@ class GaussianDiffusion:
         )
 
     def _checked(self, t: Tensor, images: Tensor) -> Tensor:
-        """t on the images' device, [N] or [1]; ValueError where it is no timestep of each image."""
-        if len(images) == 0:
-            raise ValueError("there are no images: [0, ...]")
-        if t.is_floating_point() or t.dtype == torch.bool or t.numel() not in (1, len(images)) or t.ndim > 1:
-            raise ValueError(
-                f"t must be an integer tensor with one timestep an image, [{len(images)}], "
-                f"not {t.dtype} {list(t.shape)}"
-            )
-        low, high = (int(bound) for bound in t.aminmax())
-        if low < 1 or high > self.timesteps:  # 0 would silently read the table's other end
-            raise ValueError(f"t must lie in 1..{self.timesteps}, not in {low}..{high}")
-        return t.reshape(-1).to(images.device)
+        """t on the images' device, int64 [N] or [1]; ValueError where it is no timestep of each image."""
+        check_images(images)
+        t = checked_timesteps(t, self.timesteps)
+        if len(t) not in (1, len(images)):
+            raise ValueError(f"t must hold one timestep an image, [{len(images)}], not [{len(t)}]")
+        return t.to(images.device)
 
 
-def _wide(images: Tensor) -> torch.dtype:
-    return torch.promote_types(images.dtype, torch.float32)
-
-
-def _check_shapes(images: Tensor, other: Tensor) -> None:
-    """Else they would be broadcast against each other, into numbers that mean nothing."""
-    if images.shape != other.shape:
-        raise ValueError(
-            f"what goes with the images must have their shape {list(images.shape)}, not {list(other.shape)}"
-        )
-
-
-def _finite(x_t: Tensor) -> Tensor:
-    if not x_t.isfinite().all():
-        raise ValueError("the images or the noise hold values that are not finite")
-    return x_t
+def _wide(images: Tensor) -> Tensor:
+    """The images in float32 at least."""
+    return images.to(torch.promote_types(images.dtype, torch.float32))
 
 
 def _tables(schedule: NoiseSchedule) -> dict[str, Tensor]:
@@ -262,8 +278,8 @@ def _tables(schedule: NoiseSchedule) -> dict[str, Tensor]:
     small[0] = small[1] if schedule.timesteps > 1 else large[0]
     large[0] = small[0]
     original, at = schedule.original, schedule.original_timesteps - 1
-    mean_x0, mean_x_t = (factor[at] for factor in _posterior_factors(original))
-    posterior_x0, posterior_x_t = _posterior_factors(schedule)
+    mean_x0, mean_x_t = (factor[at] for factor in original.posterior_factors)
+    posterior_x0, posterior_x_t = schedule.posterior_factors
     return {
         "signal_rate": schedule.signal_rate,
         "noise_rate": schedule.noise_rate,
@@ -280,13 +296,6 @@ def _tables(schedule: NoiseSchedule) -> dict[str, Tensor]:
         "log_beta": schedule.beta.log(),
         "network_timestep": schedule.original_timesteps - 1,
     }
-
-
-def _posterior_factors(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """What x0 and x_t are multiplied by in the posterior's mean (DDPM, eq. 7), [T] each."""
-    alpha_bar, alpha_bar_prev = schedule.alpha_bar, schedule.alpha_bar_prev
-    of_x0 = alpha_bar_prev.sqrt() * schedule.beta / (1 - alpha_bar)
-    return of_x0, schedule.alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
 
 
 @contextmanager

@@ -19,13 +19,15 @@ def ema_decay(images_seen: int, batch: int, half_life: float, ramp_up: float | N
     images_seen: the clock after this batch, that is with its images counted. half_life: images after which a
     weight's share has halved. ramp_up: the half-life is at most this part of images_seen, so that a short run does
     not keep its initial noise; None for none (Karras et al. 2022, "Elucidating the design space of diffusion-based
-    generative models", appendix F.2: half-life in images, ramp-up 0.05).
+    generative models", appendix F.2: half-life in images, ramp-up 0.05). ValueError for negative numbers and NaN.
     """
-    if half_life < 0 or batch < 1 or images_seen < batch:
+    if not (0 <= half_life < math.inf and 1 <= batch <= images_seen < math.inf):
         raise ValueError(
-            "half_life >= 0 and images_seen >= batch >= 1 are needed, "
+            "half_life >= 0 and images_seen >= batch >= 1, all finite, are needed, "
             f"not half_life {half_life}, images_seen {images_seen}, batch {batch}"
         )
+    if ramp_up is not None and not 0 <= ramp_up < math.inf:
+        raise ValueError(f"ramp_up must be 0 or more, and finite, or None for none, not {ramp_up}")
     if ramp_up is not None:
         half_life = min(half_life, ramp_up * images_seen)
     return 0.5 ** (batch / half_life) if half_life > 0 else 0.0
@@ -60,9 +62,10 @@ def power_decay(images_seen: int, batch: int, gamma: float) -> float:
 
     images_seen: the clock after this batch, that is with its images counted, so that t = images_seen / batch; at the
     first update the factor is 0 and nothing is left of the initial weights (Karras et al. 2024, eq. 127). Each weight
-    then counts with the integral of the profile over its batch's time, whatever the batches' sizes.
+    then counts with the integral of the profile over its batch's time, whatever the batches' sizes. ValueError unless
+    images_seen >= batch >= 1 and gamma >= 0.
     """
-    if batch < 1 or images_seen < batch:
+    if not 1 <= batch <= images_seen < math.inf:
         raise ValueError(f"images_seen >= batch >= 1 is needed, not images_seen {images_seen}, batch {batch}")
     sigma_rel_of(gamma)  # refuse a bad gamma
     return (1 - batch / images_seen) ** (gamma + 1)
@@ -72,6 +75,10 @@ class _Average:
     """One average of a flat list of float32 tensors, updated in place.
 
     Its whole state is `tensors` (in the order given); the clock belongs to the caller. To resume, copy into them.
+
+    Float32 sets a limit: where (1 - decay) times the distance to the weight is below half a unit in the average's last
+    place, the update is lost, so that a slow average of resting weights stops within about |average| 2^-24 / (1 -
+    decay) of them (7e-4 |average| at a half-life of 8,000 updates).
     """
 
     def __init__(self, values: Sequence[Tensor]) -> None:
@@ -190,7 +197,7 @@ def _inner_products(
     if len(stored) == 0:
         raise ValueError("there are no stored snapshots to choose from")
     latest = max(images for images, _ in stored)
-    if not 0 < target_images <= latest or min(images for images, _ in stored) <= 0:
+    if not (0 < target_images <= latest < math.inf and all(images > 0 for images, _ in stored)):
         raise ValueError(
             f"images must be above 0 and the target's, {target_images}, at most the latest snapshot's, {latest}"
         )

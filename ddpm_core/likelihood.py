@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import losses, noise
+from ddpm_core.checks import check_images, checked_integer
 from ddpm_core.diffusion import GaussianDiffusion, Network, evaluating
 from ddpm_core.timesteps import draw, timestep_density
 
@@ -68,7 +69,8 @@ class RateDistortion(NamedTuple):
 def bits_per_dim(process: GaussianDiffusion, model: Network, x0: Tensor, seed: int, clip_x0: bool = True) -> BitsPerDim:
     """Every term of the bound, each with one draw of noise an image: T network calls.
 
-    x0 [N, C, H, W] in [-1, 1], else ValueError. `clip_x0`: of the model that clips its predicted x0.
+    x0 floating point [N, C, H, W] in [-1, 1], else ValueError. `clip_x0`: of the model that clips its predicted x0. A
+    network that answers NaN has NaN for its terms.
     """
     return profile(process, model, x0, seed, clip_x0).bits
 
@@ -81,12 +83,11 @@ def profile(process: GaussianDiffusion, model: Network, x0: Tensor, seed: int, c
         for step in range(1, process.timesteps + 1):
             t = torch.full((len(x0),), step, device=x0.device)
             x_t, eps = _noised(process, x0, t, keys, step)
-            output = process.call(model, x_t, t)
-            terms.append(losses.vlb_term(process, x0, x_t, t, output, clip_x0))
             wide, truth = x_t.double(), x0.double()
-            guess = process.reverse(wide, t, output, clip_x0).x0
-            rest = (wide - process.at("signal_rate", t, wide) * guess) / process.at("noise_rate", t, wide)
-            x0_mse.append((guess - truth).square().flatten(1).mean(1))
+            reverse = process.reverse(wide, t, process.call(model, x_t, t), clip_x0)
+            terms.append(losses.reverse_term(process, truth, wide, t, reverse))
+            rest = (wide - process.at("signal_rate", t, wide) * reverse.x0) / process.at("noise_rate", t, wide)
+            x0_mse.append((reverse.x0 - truth).square().flatten(1).mean(1))
             eps_mse.append((rest - eps.double()).square().flatten(1).mean(1))
         prior = losses.prior_term(process, x0)
     # Copies made outside inference mode can be used anywhere.
@@ -118,10 +119,10 @@ def bits_per_dim_estimate(
     one t drawn in each; each term counts with 1 / ((k - 1) q(t)). For any q above 0 this is unbiased; the q chosen
     is roughly in proportion to the terms, so that the weighted terms of an image vary little.
 
-    `content_keys` are those of the function of that name, where they are known already. ValueError unless
-    timesteps_per_image is in 2..T.
+    `content_keys` are those of the function of that name, where they are known already. ValueError unless x0 is
+    floating point in [-1, 1] and timesteps_per_image in 2..T.
     """
-    count = timesteps_per_image
+    count = checked_integer(timesteps_per_image, "timesteps_per_image")
     if not min(2, process.timesteps) <= count <= process.timesteps:
         raise ValueError(f"timesteps_per_image must be in 2..{process.timesteps}, not {count}")
     contents = _content_keys(x0) if content_keys is None else content_keys
@@ -141,23 +142,38 @@ def bits_per_dim_estimate(
     return total.clone()
 
 
-def mean_interval(estimates: Tensor) -> Interval:
+def mean_interval(estimates: Tensor, content_keys: Sequence[int] | None = None) -> Interval:
     """Mean and 95 % interval over images of per-image estimates [N], N >= 2, by the normal approximation.
 
     The interval covers both the choice of images and the draws of noise. Summed exactly, so that the order of the
-    images does not matter. ValueError for fewer than two.
+    images does not matter. Equal images share their noise, and count as one draw of the interval where their
+    `content_keys` are given (the variance of a mean of clusters). ValueError for fewer than two different images, and
+    for estimates that are not finite.
     """
     values = estimates.double().flatten().tolist()
-    if len(values) < 2:
-        raise ValueError(f"an interval needs two images or more, not {len(values)}")
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half = 1.96 * math.sqrt(variance / len(values))
+    if not all(map(math.isfinite, values)):
+        raise ValueError("estimates must be finite numbers: a network that diverged has none")
+    keys = range(len(values)) if content_keys is None else content_keys
+    if len(keys) != len(values):
+        raise ValueError(f"one content key an estimate is needed: {len(keys)} for {len(values)}")
+    mean = math.fsum(values) / len(values) if values else 0.0
+    clusters: dict[int, list[float]] = {}
+    for value, key in zip(values, keys, strict=True):
+        clusters.setdefault(key, []).append(value - mean)
+    count = len(clusters)
+    if count < 2:
+        raise ValueError(f"an interval needs two images or more, not {count}")
+    squares = math.fsum(math.fsum(cluster) ** 2 for cluster in clusters.values())
+    half = 1.96 * math.sqrt(squares / (count - 1) / len(values) * (count / len(values)))
     return Interval(mean, mean - half, mean + half)
 
 
 def content_keys(x0: Tensor) -> list[int]:
-    """A 64-bit key of each image's content: a hash of its shape and 8-bit pixels. ValueError outside [-1, 1]."""
+    """A 64-bit key of each image's content: a hash of its shape and 8-bit pixels.
+
+    ValueError outside [-1, 1], for NaN, and for pixels that are not floating point.
+    """
+    check_images(x0)
     low, high = (float(bound) for bound in x0.aminmax()) if x0.numel() else (0.0, 0.0)
     if not (low >= -1 - 1e-6 and high <= 1 + 1e-6):
         raise ValueError(f"x0 must lie in [-1, 1], not in [{low}, {high}]")

@@ -3,6 +3,8 @@
 Every loss takes (process, model, x0, t, eps) and gives float32 [N]; the weighted squared error, L_simple, is the
 process's own method `loss`.
 
+Images, timesteps and noise that do not fit are ValueErrors, as in `GaussianDiffusion`.
+
 Ho et al. 2020 (DDPM), equation 5: L = L_T + sum over t = 2..T of L_{t-1} + L_0, where L_T is the distance of
 q(x_T) from the prior, L_{t-1} the divergence of the reverse step from the posterior, and L_0 the decoder's
 negative log-likelihood of 8-bit pixels.
@@ -14,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from ddpm_core.checks import checked_timesteps
 
 if TYPE_CHECKING:
     from ddpm_core.diffusion import GaussianDiffusion, Network, Reverse
@@ -29,13 +33,22 @@ def uniform(process: "GaussianDiffusion", t: Tensor) -> Tensor:
     return torch.ones(t.shape, dtype=torch.float32, device=t.device)
 
 
+def squared_error(
+    process: "GaussianDiffusion", prediction: Tensor, x0: Tensor, t: Tensor, eps: Tensor, weighting: Weighting
+) -> Tensor:
+    """Weighted squared error of what the network predicts, the mean over C, H, W: float32 [N]."""
+    error = prediction.float() - process.target(x0, t, eps).float()
+    return error.square().flatten(1).mean(1) * weighting(process, t).to(error)
+
+
 def min_snr(gamma: float = 5.0) -> Weighting:
     """Weight min(SNR_t, gamma) on the squared error of x0 (Hang et al. 2023, "Efficient diffusion training via
     min-SNR weighting strategy", section 3.4), whatever is predicted: min(SNR, gamma) / SNR on that of eps,
-    min(SNR, gamma) / (SNR + 1) on that of v. ValueError for gamma <= 0.
+    min(SNR, gamma) / (SNR + 1) on that of v. At T of a schedule with zero terminal signal it is 0: what happens there
+    is not trained. ValueError unless 0 < gamma < infinity.
     """
-    if not gamma > 0:
-        raise ValueError(f"gamma must be above 0, not {gamma}")
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma must be above 0, and finite, not {gamma}")
 
     def weights(process: "GaussianDiffusion", t: Tensor) -> Tensor:
         return _snr(process, t).clamp(max=gamma) / _output_error(process, t)
@@ -45,10 +58,12 @@ def min_snr(gamma: float = 5.0) -> Weighting:
 
 def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
     """Weight 1 / (k + SNR_t)^gamma on the squared error of eps (Choi et al. 2022, "Perception prioritized training
-    of diffusion models", eq. 8), whatever is predicted. ValueError for gamma < 0 or k <= 0.
+    of diffusion models", eq. 8), whatever is predicted. At T of a schedule with zero terminal signal no error of eps is
+    an error of x0, and the weight is 0: what happens there is not trained. ValueError unless gamma >= 0 and k > 0, both
+    finite.
     """
-    if not (gamma >= 0 and k > 0):
-        raise ValueError(f"gamma >= 0 and k > 0 are needed, not gamma {gamma}, k {k}")
+    if not (0 <= gamma < math.inf and 0 < k < math.inf):
+        raise ValueError(f"finite gamma >= 0 and k > 0 are needed, not gamma {gamma}, k {k}")
 
     def weights(process: "GaussianDiffusion", t: Tensor) -> Tensor:
         snr = _snr(process, t)
@@ -58,6 +73,7 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
 
 
 def _snr(process: "GaussianDiffusion", t: Tensor) -> Tensor:
+    t = checked_timesteps(t, process.timesteps)
     return process.schedule.log_snr.to(t.device)[t - 1].exp()
 
 
@@ -90,7 +106,8 @@ def mean_matching(process: "GaussianDiffusion", model: "Network", x0: Tensor, t:
 
 
 def vlb(process: "GaussianDiffusion", model: "Network", x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """The bound's own term at t, bits per dimension, float32 [N]: L_vlb of DDPM is T times its mean over t.
+    """The bound's own term at t, bits per dimension, float32 [N]: T times its mean over t is DDPM's L but for L_T,
+    which no network changes.
 
     `ddpm_core.timesteps` draws t so that it varies less than with t drawn evenly.
     """
@@ -119,8 +136,7 @@ def hybrid(
     prediction, choice = process.halves(x_t, output)
     if choice is None:
         raise ValueError("a learned variance is in the second half of the output's channels, which is missing")
-    error = prediction.float() - process.target(x0, t, eps).float()
-    simple = error.square().flatten(1).mean(1) * weighting(process, t).to(error)
+    simple = squared_error(process, prediction, x0, t, eps, weighting)
     bound = vlb_term(process, x0, x_t, t, torch.cat((prediction.detach(), choice), dim=1), clip_x0=False)
     return simple + vlb_weight * process.timesteps * bound.float()
 
@@ -153,8 +169,12 @@ def vlb_term(process: "GaussianDiffusion", x0: Tensor, x_t: Tensor, t: Tensor, o
     `output` is the network's at x_t. With `clip_x0` the bound is that of the model which clips its predicted x0,
     as sampling does.
     """
+    return reverse_term(process, x0, x_t, t, process.reverse(x_t.double(), t, output, clip_x0))
+
+
+def reverse_term(process: "GaussianDiffusion", x0: Tensor, x_t: Tensor, t: Tensor, model: "Reverse") -> Tensor:
+    """`vlb_term` of a reverse step that is known already, in float64."""
     x0, x_t = x0.double(), x_t.double()
-    model = process.reverse(x_t, t, output, clip_x0)
     mean, variance = process.posterior(x0, x_t, t)
     # The posterior's variance is 0 at t = 1; the value put in is not used.
     kl = gaussian_kl(mean, torch.where(_first(t, x0), 1.0, variance), model.mean, model.variance)

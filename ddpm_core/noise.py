@@ -6,7 +6,7 @@ numbers: as easy as 1, 2, 3"), written in integer tensor operations, vectorised 
 makes the noise of a whole batch, each image from a key of its own, and of several steps of a sampler.
 
 Normals are computed in float64 and rounded once to float32, so that a difference in the last bit of a library's
-log or cos does not reach the result.
+log or cos reaches the result about once in 2^29 numbers, and then as one unit in its last place.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from ddpm_core.checks import checked_integer
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -29,9 +31,15 @@ _CPU_BLOCKS, _GPU_BLOCKS = 2**14, 2**20
 def key(seed: int, purpose: str, *index: int) -> int:
     """The 64-bit key of one stream: a hash of (seed, purpose, index...).
 
-    `purpose` names what the numbers are for ("eps", "timestep", "flip", ...), so that streams never meet.
+    `purpose` names what the numbers are for ("eps", "timestep", "flip", ...), so that streams never meet but by
+    chance (of 2^-64 for any two). ValueError for a seed or index that is no integer, and for a purpose with a number
+    between its slashes, which an index could not be told from.
     """
-    text = "/".join([str(int(seed)), purpose, *(str(int(i)) for i in index)])
+    if any(part.isdigit() for part in purpose.split("/")):
+        raise ValueError(f"a purpose must not have a number between slashes: {purpose!r}; give it as an index")
+    text = "/".join(
+        [str(checked_integer(seed, "a seed")), purpose, *(str(checked_integer(i, "an index")) for i in index)]
+    )
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ddpm_core import noise
 from ddpm_core.diffusion import GaussianDiffusion, Network, evaluating
-from ddpm_core.guidance import conditioned
+from ddpm_core.guidance import Conditioned
+from ddpm_core.schedule import NoiseSchedule, check_spacing
 from ddpm_core.unet import UNet
 
 # callback(step_index, t, x_t, x0_prediction): step_index counts from 0, t is the original timestep in 1..T, x_t
@@ -25,7 +26,6 @@ Callback = Callable[[int, int, Tensor, Tensor], None]
 class Step(NamedTuple):
     """One step from t to t - 1 of a (respaced) schedule, as numbers."""
 
-    alpha: float
     beta: float
     alpha_bar: float
     alpha_bar_prev: float
@@ -33,6 +33,9 @@ class Step(NamedTuple):
     log_snr_prev: float
     """That of t - 1: infinite at the last step."""
     posterior_variance: float
+    posterior_x0: float
+    """What x0 is multiplied by in the posterior's mean."""
+    posterior_x_t: float
 
     def variance(self, process: GaussianDiffusion) -> float:
         """Of the reverse step, where it is fixed."""
@@ -50,9 +53,7 @@ Move = Callable[[Step, Tensor, Tensor, Tensor | float], tuple[Tensor, Tensor | f
 
 def ancestral(step: Step, x_t: Tensor, x0: Tensor, variance: Tensor | float) -> tuple[Tensor, Tensor | float]:
     """A draw from p(x_{t-1} | x_t) (DDPM, algorithm 2)."""
-    x0_factor = math.sqrt(step.alpha_bar_prev) * step.beta / (1 - step.alpha_bar)
-    x_t_factor = math.sqrt(step.alpha) * (1 - step.alpha_bar_prev) / (1 - step.alpha_bar)
-    return x0_factor * x0 + x_t_factor * x_t, 0.0 if step.is_last else variance**0.5
+    return step.posterior_x0 * x0 + step.posterior_x_t * x_t, 0.0 if step.is_last else variance**0.5
 
 
 def ddim(eta: float) -> Move:
@@ -128,9 +129,10 @@ def sample(
     `ddpm_core.guidance`. device defaults to the model's.
 
     ValueError for an unknown sampler or spacing, no seeds, steps outside 1..T, eta outside 0..1, or above 0 with
-    another sampler than "ddim", a dynamic threshold outside (0, 1] or without clipping, and labels that do not fit.
+    another sampler than "ddim", a dynamic threshold outside (0, 1] or without clipping, labels that do not fit, and for
+    images that come out as NaN.
     """
-    _check_options(sampler, eta, clip_x0, dynamic_threshold, len(seeds))
+    _check_options(sampler, eta, spacing, clip_x0, dynamic_threshold, len(seeds))
     if steps is not None:
         process = process.respace(steps, spacing)
     if device is None:
@@ -140,11 +142,11 @@ def sample(
     network = _network(process, model, shape[0], len(seeds), labels, guidance, device)
     move = _move(sampler, eta)
     keys = [noise.key(seed, "sample") for seed in seeds]
-    original = process.schedule.original_timesteps.tolist()
+    original, steps_down = process.schedule.original_timesteps.tolist(), _steps(process.schedule)
     draws = noise.Draws(keys, shape, process.timesteps + 1, device)
     with evaluating(model):
         x = draws[0]
-        for index, (t, step) in enumerate(_steps(process)):
+        for index, (t, step) in enumerate(steps_down):
             t_tensor = torch.full((len(keys),), t, device=device)
             output = process.call(network, x, t_tensor)
             x0 = process.predict_x0(x, t_tensor, output)
@@ -157,10 +159,15 @@ def sample(
             x, sigma = move(step, x, x0, variance)
             if isinstance(sigma, Tensor) or sigma > 0:
                 x = x + sigma * draws[index + 1]
+    if not x.isfinite().all():
+        raise ValueError("the images hold NaN or infinities: the network, or its sampler without clipping, diverged")
     return x.clone()  # a copy made outside inference mode can be used anywhere
 
 
-def _check_options(sampler: str, eta: float, clip_x0: bool, dynamic_threshold: float | None, images: int) -> None:
+def _check_options(
+    sampler: str, eta: float, spacing: str, clip_x0: bool, dynamic_threshold: float | None, images: int
+) -> None:
+    check_spacing(spacing)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
     if not 0 <= eta <= 1:
@@ -192,7 +199,7 @@ def _network(
     if len(labels) != images:
         raise ValueError(f"one label an image is needed: {len(labels)} for {images} images")
     steered = image_channels if process.variance == "learned_range" else None
-    return conditioned(model, torch.tensor(labels, device=device), guidance, steered)
+    return Conditioned(model, torch.tensor(labels, device=device), guidance, steered)
 
 
 def _thresholded(x0: Tensor, quantile: float) -> Tensor:
@@ -200,18 +207,17 @@ def _thresholded(x0: Tensor, quantile: float) -> Tensor:
     return x0.clamp(-limit, limit) / limit
 
 
-def _steps(process: GaussianDiffusion) -> list[tuple[int, Step]]:
+def _steps(schedule: NoiseSchedule) -> list[tuple[int, Step]]:
     """(t, step) for t = T..1."""
-    schedule = process.schedule
     log_snr = schedule.log_snr.tolist()
     columns = zip(
-        schedule.alpha.tolist(),
         schedule.beta.tolist(),
         schedule.alpha_bar.tolist(),
         schedule.alpha_bar_prev.tolist(),
         log_snr,
         [math.inf, *log_snr[:-1]],
         schedule.posterior_variance.tolist(),
+        *(factor.tolist() for factor in schedule.posterior_factors),
         strict=True,
     )
     return [(t, Step(*column)) for t, column in enumerate(columns, start=1)][::-1]

@@ -15,6 +15,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ddpm_core.checks import callers_level, checked_integer
+
 SPACINGS = ("leading", "linspace", "trailing")
 
 # beta of the alpha_bar-defined schedules is cut here (Nichol and Dhariwal 2021, section 3.2); see `cosine`.
@@ -76,7 +78,7 @@ class NoiseSchedule:
     @classmethod
     def quadratic(cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Self:
         """sqrt(beta) linear in t (DDPM's code calls it "quad", diffusers "scaled_linear")."""
-        if min(beta_start, beta_end) < 0:
+        if not min(beta_start, beta_end) >= 0:
             raise ValueError(f"beta_start and beta_end must be in (0, 1), not {beta_start} and {beta_end}")
         return cls.from_betas(_line(math.sqrt(beta_start), math.sqrt(beta_end), timesteps) ** 2)
 
@@ -103,8 +105,8 @@ class NoiseSchedule:
         has its error at T divided by sqrt(alpha_bar_T), that is multiplied by 20,000: sample with clipping of
         x0, or let the network predict v or x0.
         """
-        if not s >= 0:
-            raise ValueError(f"s must be 0 or more, not {s}")
+        if not 0 <= s < math.inf:
+            raise ValueError(f"s must be 0 or more, and finite, not {s}")
         return cls._from_capped(timesteps, lambda u: math.cos((u + s) / (1 + s) * math.pi / 2) ** 2)
 
     @classmethod
@@ -115,8 +117,8 @@ class NoiseSchedule:
         alpha_bar(u) is sigmoid(-(start + u (end - start)) / tau), shifted and scaled to run from 1 at u = 0 to 0
         at u = t/T = 1. beta is cut at 0.999, with the consequence told at `cosine`.
         """
-        if not (start < end and tau > 0):
-            raise ValueError(f"start < end and tau > 0 are needed, not start {start}, end {end}, tau {tau}")
+        if not (-math.inf < start < end < math.inf and 0 < tau < math.inf):
+            raise ValueError(f"finite start < end and tau > 0 are needed, not start {start}, end {end}, tau {tau}")
         first, last = _falling_sigmoid(start / tau), _falling_sigmoid(end / tau)
 
         def signal(u: float) -> float:
@@ -127,20 +129,24 @@ class NoiseSchedule:
     @classmethod
     def from_rates(cls, timesteps: int, min_signal_rate: float, max_signal_rate: float) -> Self:
         """Signal rate = cos(angle), the angle linear in t from acos(max_signal_rate) at t = 1 to
-        acos(min_signal_rate) at T. ValueError unless 0 < min_signal_rate < max_signal_rate < 1.
+        acos(min_signal_rate) at T. ValueError unless 0 < min_signal_rate < max_signal_rate < 1, and for a single
+        timestep, which cannot have both.
         """
         if not 0 < min_signal_rate < max_signal_rate < 1:
             raise ValueError(
                 "0 < min_signal_rate < max_signal_rate < 1 is needed, "
                 f"not min_signal_rate {min_signal_rate}, max_signal_rate {max_signal_rate}"
             )
+        if _checked_count(timesteps) < 2:
+            raise ValueError("two rates need two timesteps or more, not 1")
         angle = _line(math.acos(max_signal_rate), math.acos(min_signal_rate), timesteps)
         return cls.from_alpha_bars(angle.cos() ** 2)
 
     @classmethod
     def _from_capped(cls, timesteps: int, signal: Callable[[float], float]) -> Self:
         """From alpha_bar as a function of t/T in 0..1, beta cut at MAX_BETA."""
-        curve = [signal(t / _checked_count(timesteps)) for t in range(timesteps + 1)]
+        timesteps = _checked_count(timesteps)
+        curve = [signal(t / timesteps) for t in range(timesteps + 1)]
         if min(curve[:-1]) <= 0:
             raise ValueError("no signal is left long before the last timestep: choose a gentler curve (a larger tau)")
         return cls.from_betas([min(1 - now / before, MAX_BETA) for before, now in pairwise(curve)])
@@ -202,6 +208,12 @@ class NoiseSchedule:
         """
         return (1 - self.alpha_bar_prev) / (1 - self._alpha_bar) * self._beta
 
+    @property
+    def posterior_factors(self) -> tuple[Tensor, Tensor]:
+        """What x_0 and x_t are multiplied by in the mean of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
+        of_x0 = self.alpha_bar_prev.sqrt() * self._beta / (1 - self._alpha_bar)
+        return of_x0, self.alpha.sqrt() * (1 - self.alpha_bar_prev) / (1 - self._alpha_bar)
+
     # What can be made of one.
 
     def respace(self, steps: int, spacing: str = "trailing") -> Self:
@@ -210,24 +222,24 @@ class NoiseSchedule:
         alpha_bar is kept at the chosen timesteps and beta follows; `original_timesteps` says which they are.
         "leading": 1, 1 + k, 1 + 2k, ... with k = T // steps, so that sampling starts below T (far below it where
         T / steps is barely under a whole number: a UserWarning says so where it shows). "linspace": evenly from 1
-        to T, both included (one step: T). "trailing": T, T - T/steps, ... ValueError unless 1 <= steps <= T.
+        to T, both included (one step: T). "trailing": T, T - T/steps, ... ValueError unless 1 <= steps <= T, and for
+        another spacing.
         """
         total = self.timesteps
-        if not 1 <= steps <= total:
+        check_spacing(spacing)
+        if not 1 <= checked_integer(steps, "steps") <= total:
             raise ValueError(f"steps must be in 1..{total} (the schedule's timesteps), not {steps}")
         if spacing == "leading":
             chosen = [1 + i * (total // steps) for i in range(steps)]
         elif spacing == "linspace":
             chosen = [round(1 + i * (total - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [total]
-        elif spacing == "trailing":
-            chosen = [round(total - i * total / steps) for i in reversed(range(steps))]
         else:
-            raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}")
+            chosen = [round(total - i * total / steps) for i in reversed(range(steps))]
         index = torch.tensor(chosen) - 1
         alpha_bar = self._alpha_bar[index]
         respaced = type(self)(_beta_of(alpha_bar), alpha_bar, self._original_timesteps[index], self.original)
-        if self._alpha_bar[-1] > VISIBLE_ALPHA_BAR:
-            return respaced  # the schedule itself leaves signal, and has said so
+        if chosen[-1] == total:
+            return respaced  # if it leaves signal, then so does the schedule itself, which has said so
         return respaced._warned(
             f"{steps} steps with {spacing} spacing start at t = {chosen[-1]}; others start at {total}"
         )
@@ -254,22 +266,28 @@ class NoiseSchedule:
                 f"alpha_bar is {last:.3g} at the last timestep: x_T still shows the image (signal rate "
                 f"{math.sqrt(last):.3g}), but sampling starts from pure noise; {remedy}",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=callers_level(),
             )
         return self
 
 
+def check_spacing(spacing: str) -> None:
+    """ValueError for what is no spacing of `NoiseSchedule.respace`."""
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}")
+
+
 def _vector(values: Sequence[float] | Tensor, name: str) -> Tensor:
-    vector = torch.as_tensor(values, dtype=torch.float64)
+    vector = torch.as_tensor(values, dtype=torch.float64).cpu()
     if vector.ndim != 1 or len(vector) == 0:
         raise ValueError(f"{name} must be a list of at least one number, not of shape {list(vector.shape)}")
     return vector
 
 
 def _checked_count(timesteps: int) -> int:
-    if timesteps < 1:
+    if checked_integer(timesteps, "timesteps") < 1:
         raise ValueError(f"timesteps must be 1 or more, not {timesteps}")
-    return timesteps
+    return int(timesteps)
 
 
 def _line(first: float, last: float, timesteps: int) -> Tensor:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ddpm_core.checks import checked_timesteps
 from ddpm_core.diffusion import GaussianDiffusion
 from ddpm_core.losses import LEVELS
 
@@ -61,12 +62,17 @@ def draw(density: Tensor, uniforms: Tensor) -> Tensor:
 
     Rising uniforms give rising timesteps, so that stratified uniforms give stratified timesteps.
     """
+    density = density.to(uniforms.device)
     # Rounding can leave the last sum just below 1.
     return torch.searchsorted(density.cumsum(0), uniforms, right=True).clamp(max=len(density) - 1) + 1
 
 
 def importance(density: Tensor, t: Tensor) -> Tensor:
-    """1 / (T q(t)): with these weights the mean over draws of t is that over all timesteps alike. float64 [N]."""
+    """1 / (T q(t)): with these weights the mean over draws of t is that over all timesteps alike. float64 [N].
+
+    ValueError for t outside 1..T.
+    """
+    t = checked_timesteps(t, len(density))
     return 1 / (len(density) * density.to(t.device)[t - 1])
 
 

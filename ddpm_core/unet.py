@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_core import noise
+from ddpm_core.checks import check_images
 from ddpm_core.unet_blocks import Attention, Downsample, Level, NormAct, ResidualBlock, Upsample, time_embedding
 
 
@@ -196,8 +197,11 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], H and W divisible by 2^(levels - 1); timestep [N], counted from 0; labels int64 [N], each
         a class or the null class, for a network with classes and for no other. Else ValueError.
+
+        Under autocast the last convolution is in float32 all the same: what an output stands for can magnify its error
+        thousands of times.
         """
-        self._check(x)
+        self._check(x, timestep)
         self._check_labels(labels, len(x))
         down, middle, up = self._levels()
         shift = iter(self.time_shifts(timestep.expand(len(x)), labels))
@@ -216,7 +220,8 @@ class UNet(nn.Module):
             for block, attention in level.pairs():
                 h = attention(block(torch.cat((h, skips.pop()), dim=1), next(shift)))
             h = level.resample(h)
-        return self.conv_out(self.norm_out(h))
+        with torch.autocast(h.device.type, enabled=False):
+            return self.conv_out(self.norm_out(h.to(self.conv_out.weight.dtype)))
 
     def time_shifts(self, timestep: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         """What the time, and the class, add in each residual block, [N, its channels], in the blocks' order.
@@ -236,13 +241,16 @@ class UNet(nn.Module):
         """Down, middle, up; typed, which a ModuleList is not."""
         return cast(list[Level], list(self.down)), self.middle, cast(list[Level], list(self.up))
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, timestep: Tensor) -> None:
         factor = 2 ** (len(self.config.channels) - 1)
         channels = self.config.image_channels
+        check_images(x)
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(
                 f"images must be [N, {channels}, H, W] with H and W divisible by {factor}, not {list(x.shape)}"
             )
+        if timestep.shape not in ((), (1,), (len(x),)):
+            raise ValueError(f"one timestep an image is needed, [{len(x)}], not {list(timestep.shape)}")
 
     def _check_labels(self, labels: Tensor | None, n: int) -> None:
         count = self.config.label_count

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_core.guidance import conditioned
+from ddpm_core.guidance import Conditioned
 from pipelines.data.manifest import Dataset
 from pipelines.data.pixels import to_pixels
 from pipelines.data.reader import Reader
@@ -169,7 +169,7 @@ def _bits_of(
 
     torch.set_num_threads(threads)
     process, unet = model.build()
-    network = unet if unet.config.num_classes is None else conditioned(unet, torch.from_numpy(labels.astype(np.int64)))
+    network = unet if unet.config.num_classes is None else Conditioned(unet, torch.from_numpy(labels.astype(np.int64)))
     assert len(images) <= _BITS_BATCH  # one batch, for which the labels are
     return estimate_bits(process, network, images, seed, timesteps_per_image=timesteps, batch=_BITS_BATCH)
 

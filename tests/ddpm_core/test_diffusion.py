@@ -255,6 +255,31 @@ def test_coefficients_are_rounded_once() -> None:
     assert torch.equal(got.flatten(), LINEAR.noise_rate.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_half_precision_is_rounded_once(predict: str, dtype: torch.dtype) -> None:
+    """Against the same in float64: where coefficients and products are rounded too, pixels that nearly cancel are off
+    by far more than a unit in the last place.
+    """
+    process = GaussianDiffusion(LINEAR, predict)
+    t = torch.tensor([1, 10, 500, 1000])
+    x0, eps, x_t = (images(4, seed).to(dtype) for seed in range(3))
+    wide = [x0.double(), t, eps.double()]
+    for got, exact in (
+        (process.q_sample(x0, t, eps), process.q_sample(*wide)),
+        (process.q_step(x0, t, eps), process.q_step(*wide)),
+    ):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps * 0.51, atol=1e-7)
+    mean, variance = process.posterior(x0, x_t, t)
+    exact_mean, exact_variance = process.posterior(x0.double(), x_t.double(), t)
+    assert mean.dtype == variance.dtype == process.target(x0, t, eps).dtype == torch.float32
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(variance.double(), exact_variance, rtol=1e-6, atol=0)
+    if predict == "v":
+        torch.testing.assert_close(process.target(x0, t, eps).double(), process.target(*wide), rtol=1e-5, atol=1e-6)
+
+
 def test_evaluating_puts_every_mode_back() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout())).train()
     model[0].eval()

@@ -2,13 +2,15 @@
 
 import math
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from ddpm_core import GaussianDiffusion, NoiseSchedule
+from ddpm_core import GaussianDiffusion, NoiseSchedule, UNet, UNetConfig, bits_per_dim_estimate, content_keys, losses
 from ddpm_core.diffusion import PREDICTIONS, VARIANCES
+from ddpm_core.timesteps import importance, uniform_density
 
 LINEAR = NoiseSchedule.linear()
 COSINE = NoiseSchedule.cosine()
@@ -97,7 +99,7 @@ def test_the_plain_loss_refuses_a_learned_variance() -> None:
         ([1, 1001], r"1\.\.1000, not in 1\.\.1001"),
         ([1.0, 2.0], "integer"),
         ([1, 2, 3], r"\[2\]"),
-        ([[1], [2]], r"\[2\]"),
+        ([[1], [2]], r"\[N\], not torch.int64 \[2, 1\]"),
     ],
 )
 def test_bad_timesteps(t: list[float], said: str) -> None:
@@ -112,6 +114,87 @@ def test_bad_timesteps(t: list[float], said: str) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             call(torch.tensor(t))
+
+
+def test_timesteps_are_no_bare_number() -> None:
+    process = GaussianDiffusion(LINEAR)
+    with pytest.raises(ValueError, match=r"integer tensor .* not 3"):
+        process.q_sample(images(2), 3, images(2))  # type: ignore[arg-type]
+
+
+def test_small_integers_are_timesteps_and_no_mask() -> None:
+    process = GaussianDiffusion(LINEAR)
+    x, eps, t = images(3), images(3, 1), torch.tensor([1, 2, 255])
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(process.q_sample(x, t.to(dtype), eps), process.q_sample(x, t, eps))
+        assert torch.equal(losses.min_snr()(process, t.to(dtype)), losses.min_snr()(process, t))
+
+
+@pytest.mark.parametrize("call", [losses.min_snr(), losses.p2(), lambda p, t: importance(uniform_density(p), t)])
+def test_weights_are_of_timesteps(call: Callable[[GaussianDiffusion, Tensor], Tensor]) -> None:
+    process = GaussianDiffusion(LINEAR)
+    for t in (0, 1001):
+        with pytest.raises(ValueError, match=r"1\.\.1000"):
+            call(process, torch.tensor([1, t]))
+
+
+def test_coefficients_are_of_timesteps_and_names() -> None:
+    process = GaussianDiffusion(LINEAR)
+    with pytest.raises(ValueError, match=r"1\.\.1000"):
+        process.at("signal_rate", torch.tensor([0]), images(1))
+    with pytest.raises(ValueError, match="'sigma': there are signal_rate, noise_rate"):
+        process.at("sigma", torch.tensor([1]), images(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_integer_images_are_refused(dtype: torch.dtype) -> None:
+    """Their dtype would round every coefficient to 0 or 1."""
+    process, t = GaussianDiffusion(LINEAR), torch.tensor([1, 2])
+    x, eps = images(2).clamp(0, 1).to(dtype), images(2)
+    for call in (
+        lambda: process.q_sample(x, t, eps),
+        lambda: process.q_step(x, t, eps),
+        lambda: process.posterior(x, eps, t),
+        lambda: process.posterior(eps, x, t),
+        lambda: process.target(x, t, eps),
+        lambda: process.predict_x0(x, t, eps),
+        lambda: process.loss(lambda x, t: x, x, t, eps),
+        lambda: losses.vlb(process, lambda x, t: x, x, t, eps),
+        lambda: content_keys(x),
+        lambda: bits_per_dim_estimate(process, lambda x, t: x, x, 0, 4, content_keys=[1, 2]),
+        lambda: UNet(UNetConfig(image_channels=2, channels=(4,), groups=2))(x, t),
+    ):
+        with pytest.raises(ValueError, match=r"floating-point tensor in \[-1, 1\].* not torch\."):
+            call()
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused_but_for_the_networks_answer(predict: str, bad: float) -> None:
+    process, t = GaussianDiffusion(LINEAR, predict), torch.tensor([1, 2])
+    x, wrong = images(2), images(2)
+    wrong[1, 0, 0, 0] = bad
+    reads = (process.predict_x0, process.predict_eps, process.predict_v, process.predict_mean)
+    for read in (*reads, lambda x, t, output: process.reverse(x, t, output, False)):
+        with pytest.raises(ValueError, match="not finite"):
+            read(wrong, t, x)
+        # Training shows by it that it diverged.
+        answer = read(x, t, x * math.nan)
+        assert (answer if isinstance(answer, Tensor) else answer.x0).isnan().all()
+    for pair in ((wrong, x), (x, wrong)):
+        with pytest.raises(ValueError, match="not finite"):
+            process.posterior(*pair, t)
+
+
+@pytest.mark.parametrize("predict", ["eps", "mean"])
+def test_signal_that_float32_cannot_hold(predict: str) -> None:
+    process = GaussianDiffusion(NoiseSchedule.constant(300, 0.5), predict)  # alpha_bar_T 5e-91
+    x, t = images(2).double(), torch.tensor([300, 300])
+    eps = images(2, 1).double()
+    x_t, answer = process.q_sample(x, t, eps), process.target(x, t, eps)
+    assert process.predict_x0(x_t, t, answer).isfinite().all()
+    with pytest.raises(ValueError, match=f"{predict} on .* says nothing about x0 in float32"):
+        process.predict_x0(x_t.float(), t, answer.float())
 
 
 def test_bad_choices() -> None:

@@ -90,8 +90,12 @@ def test_update_is_in_place_and_leaves_the_weights_alone() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="half_life -1"):
-        Ema([torch.ones(1)], half_life=-1)
+    for half_life in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"half_life {half_life}"):
+            Ema([torch.ones(1)], half_life=half_life)
+    for ramp_up in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"ramp_up must be .*, not {ramp_up}"):
+            Ema([torch.ones(1)], 10, ramp_up)
     with pytest.raises(ValueError, match="float32"):
         Ema([torch.ones(1, dtype=torch.bfloat16)], half_life=1)
     with pytest.raises(ValueError, match="images_seen 5, batch 10"):
@@ -230,11 +234,14 @@ def test_bad_input_to_power_averages() -> None:
         PowerEma([torch.ones(1, dtype=torch.float64)], 0.1)
     with pytest.raises(ValueError, match="no stored"):
         post_hoc_coefficients([], 10, 0.1)
-    for images in (0, 101):
+    for images in (0, 101, math.nan):
         with pytest.raises(ValueError, match="latest snapshot's, 100"):
             post_hoc_coefficients([(100, 0.1)], images, 0.1)
     with pytest.raises(ValueError, match="above 0"):
         post_hoc_coefficients([(0, 0.1), (100, 0.1)], 50, 0.1)
+    for images in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="above 0"):
+            post_hoc_coefficients([(images, 0.1), (100, 0.1)], 50, 0.1)
     one = torch.ones(1, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"shorter|longer"):
         combine([{"a": one}, {"a": one}], one)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import GaussianDiffusion, NoiseSchedule, UNet, UNetConfig, noise, sample
-from ddpm_core.guidance import conditioned, dropped
+from ddpm_core.guidance import Conditioned, dropped
 
 CLASSES, NULL = 3, 3
 SHAPE = (1, 8, 8)
@@ -51,21 +51,23 @@ def test_guidance_goes_from_the_unconditional_through_the_conditional(inputs: tu
     with_class, without = model(x, t, labels), model(x, t, torch.full_like(labels, NULL))
     assert (with_class - without).abs().max() > 0.1
     sizes = passes(model)
-    assert torch.equal(conditioned(model, labels)(x, t), with_class)
+    assert torch.equal(Conditioned(model, labels)(x, t), with_class)
     assert sizes == [4]  # one pass
-    torch.testing.assert_close(conditioned(model, labels, 0.0)(x, t), without)
-    assert sizes == [4, 8]  # a pass of twice the batch
+    assert torch.equal(Conditioned(model, labels, 0.0)(x, t), without)
+    assert sizes == [4, 4]
     for w in (0.5, 2.0, 7.5):
+        sizes.clear()
         # Ho and Salimans 2022, eq. 6: (1 + w') eps(z, c) - w' eps(z), w' = w - 1.
         expected = w * with_class - (w - 1) * without
-        torch.testing.assert_close(conditioned(model, labels, w)(x, t), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(Conditioned(model, labels, w)(x, t), expected, rtol=1e-4, atol=1e-5)
+        assert sizes == [8]  # a pass of twice the batch
 
 
 @torch.inference_mode()
 def test_guidance_with_the_null_class_steers_nowhere(model: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     x, t, labels = inputs
     null = torch.full_like(labels, NULL)
-    torch.testing.assert_close(conditioned(model, null, 4.0)(x, t), model(x, t, null))
+    torch.testing.assert_close(Conditioned(model, null, 4.0)(x, t), model(x, t, null))
 
 
 @pytest.mark.parametrize("predict", ["x0", "v", "mean"])
@@ -80,7 +82,7 @@ def test_guiding_another_prediction_is_guiding_eps(
     with_class, without = (model(x, timestep, c).double() for c in (labels, torch.full_like(labels, NULL)))
     eps = [process.predict_eps(x.double(), t, output) for output in (with_class, without)]
     expected = eps[1] + 3 * (eps[0] - eps[1])
-    got = process.predict_eps(x.double(), t, conditioned(model, labels, 3.0)(x, timestep).double())
+    got = process.predict_eps(x.double(), t, Conditioned(model, labels, 3.0)(x, timestep).double())
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -89,10 +91,11 @@ def test_a_learned_variance_stays_the_conditional_one(inputs: tuple[Tensor, Tens
     x, t, labels = inputs
     model = network(learned_variance=True)
     with_class, without = model(x, t, labels), model(x, t, torch.full_like(labels, NULL))
-    got = conditioned(model, labels, 2.0, channels=1)(x, t)
+    got = Conditioned(model, labels, 2.0, channels=1)(x, t)
     torch.testing.assert_close(got[:, :1], 2 * with_class[:, :1] - without[:, :1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[:, 1:], with_class[:, 1:])
-    everything = conditioned(model, labels, 2.0)(x, t)
+    assert torch.equal(Conditioned(model, labels, 0.0, channels=1)(x, t), without)  # but of no class, no class's
+    everything = Conditioned(model, labels, 2.0)(x, t)
     torch.testing.assert_close(everything, 2 * with_class - without, rtol=1e-4, atol=1e-5)
 
 
@@ -100,13 +103,13 @@ def test_networks_that_cannot_be_guided() -> None:
     labels = torch.tensor([0])
     plain = UNet(UNetConfig(channels=(8,), groups=4))
     with pytest.raises(ValueError, match="the network has no classes"):
-        conditioned(plain, labels)
+        Conditioned(plain, labels)
     with pytest.raises(ValueError, match="null class"):
-        conditioned(network(null_class=False), labels, 2.0)
-    conditioned(network(null_class=False), labels, 1.0)
-    for w in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match="0 or more, not"):
-            conditioned(network(), labels, w)
+        Conditioned(network(null_class=False), labels, 2.0)
+    Conditioned(network(null_class=False), labels, 1.0)
+    for w in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="0 or more, and finite, not"):
+            Conditioned(network(), labels, w)
 
 
 def test_dropped_labels() -> None:
@@ -119,6 +122,9 @@ def test_dropped_labels() -> None:
     many = torch.zeros(100_000, dtype=torch.int64)
     share = (dropped(many, noise.uniform([5], 100_000)[0], 0.2, NULL) == NULL).double().mean().item()
     assert share == pytest.approx(0.2, abs=5 * (0.16 / 100_000) ** 0.5)
+    for bad in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"in 0\.\.1, not"):
+            dropped(labels, uniforms, bad, NULL)
 
 
 # Through the samplers.
@@ -194,7 +200,7 @@ def test_guidance_of_a_learned_variance_through_the_sampler() -> None:
         ({"labels": [0, 1]}, "2 for 3 images"),
         ({"labels": [0, 1, 4]}, r"0\.\.3.*not in 0\.\.4"),
         ({"labels": [0, 1, -1]}, r"0\.\.3"),
-        ({"labels": [0, 1, 2], "guidance": -1.0}, "0 or more, not -1.0"),
+        ({"labels": [0, 1, 2], "guidance": -1.0}, "0 or more, and finite, not -1.0"),
     ],
 )
 def test_labels_that_do_not_fit(model: UNet, settings: dict[str, Any], said: str) -> None:

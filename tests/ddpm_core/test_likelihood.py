@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
 from ddpm_core import (
     GaussianDiffusion,
@@ -16,6 +17,7 @@ from ddpm_core import (
     content_keys,
     mean_interval,
 )
+from ddpm_core.guidance import Conditioned
 from ddpm_core.likelihood import BitsPerDim, _stratified, profile, rate_distortion, timestep_density
 from tests.ddpm_core.gaussian_oracle import GaussianOracle, draw_8bit
 
@@ -150,16 +152,49 @@ def test_each_stratum_gives_one_timestep_and_all_together_the_density() -> None:
 
 
 @pytest.mark.parametrize("variance", ["small", "large", "learned_range"])
-@pytest.mark.parametrize("clip_x0", [True, False])
-def test_a_profiles_bits_are_bits_per_dim(images: torch.Tensor, variance: str, clip_x0: bool) -> None:
-    process = GaussianDiffusion(even_log_snr(6), "v", variance)
-    oracle = GaussianOracle(process, MEAN, STD)
-    mine = profile(process, oracle, images, seed=4, clip_x0=clip_x0)
-    for got, expected in zip(mine.bits, bits_per_dim(process, oracle, images, 4, clip_x0), strict=True):
-        assert torch.equal(got, expected)
-    assert mine.x0_mse.shape == mine.eps_mse.shape == (48, 6)
-    assert mine.x0_mse.dtype == mine.eps_mse.dtype == torch.float64
-    assert not mine.x0_mse.is_inference()
+@pytest.mark.parametrize(("clip_x0", "taken"), [(True, 1.0), (False, 1.5)])
+def test_the_terms_of_a_network_by_hand(images: torch.Tensor, variance: str, clip_x0: bool, taken: float) -> None:
+    """From the x_t that the network was shown, by Bayes' rule in precisions, and by differences of CDFs."""
+    schedule, choice, shown = even_log_snr(6, first=4.0), 0.3, []
+
+    def network(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        shown.append(x_t.double())
+        answer = torch.full_like(x_t, 1.5)
+        return torch.cat((answer, torch.full_like(x_t, choice)), dim=1) if variance == "learned_range" else answer
+
+    process = GaussianDiffusion(schedule, "x0", variance)
+    got = profile(process, network, images, seed=4, clip_x0=clip_x0)
+    assert got.x0_mse.shape == got.eps_mse.shape == (48, 6)
+    assert got.x0_mse.dtype == got.eps_mse.dtype == torch.float64
+    assert not any(values.is_inference() for values in (got.x0_mse, got.eps_mse, *got.bits))
+    x0, guess = images.double(), torch.full_like(images, taken).double()
+    bar = [1.0, *schedule.alpha_bar.tolist()]
+    small: dict[int, float] = {}
+    for t in reversed(range(1, 7)):
+        x_t, alpha = shown[t - 1], bar[t] / bar[t - 1]
+
+        def gaussian(image: torch.Tensor, x_t: torch.Tensor = x_t, alpha: float = alpha, t: int = t) -> Normal:
+            precision = alpha / (1 - alpha) + 1 / (1 - bar[t - 1])
+            mean = (alpha**0.5 / (1 - alpha) * x_t + bar[t - 1] ** 0.5 / (1 - bar[t - 1]) * image) / precision
+            return Normal(mean, precision**-0.5)
+
+        if t > 1:
+            small[t] = gaussian(x0).stddev.flatten()[0].item() ** 2
+        low, high = small[max(t, 2)], (1 - alpha if t > 1 else small[2])
+        if variance == "learned_range":
+            share, high = (1 + choice) / 2, 1 - alpha
+            sigma = math.exp(share * math.log(high) + (1 - share) * math.log(low)) ** 0.5
+        else:
+            sigma = (low if variance == "small" else high) ** 0.5
+        if t > 1:
+            nats = kl_divergence(gaussian(x0), Normal(gaussian(guess).mean, sigma))
+        else:  # x_0 is the guess itself
+            level, edges = (x0 + 1) * 127.5, [(x0 + side / 255 - guess) / (sigma * 2**0.5) for side in (-1, 1)]
+            below, upto = (torch.special.erfc(-edge) / 2 for edge in edges)  # keeps its digits far below
+            nats = -(torch.where(level > 254.5, 1.0, upto) - torch.where(level < 0.5, 0.0, below)).log()
+        expected = nats.mean((1, 2, 3)) / math.log(2)
+        torch.testing.assert_close(got.bits.terms[:, t - 1], expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(got.bits.total, got.bits.prior + got.bits.terms.sum(1), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("answer", "clip_x0", "taken"), [(0.25, True, 0.25), (3.0, True, 1.0), (3.0, False, 3.0)])
@@ -282,6 +317,42 @@ def test_interval() -> None:
     assert mean_interval(many) == mean_interval(many.flip(0))
     with pytest.raises(ValueError, match="two images"):
         mean_interval(values[:1])
+
+
+def test_equal_images_widen_the_interval() -> None:
+    """They have the same noise, so that a copy says nothing new: as if each was there once, whatever the copies."""
+    values = torch.tensor([1.0, 4.0, 2.0, 7.0])
+    once = mean_interval(values)
+    assert mean_interval(values, content_keys=[5, 6, 7, 8]) == once
+    twice = mean_interval(values.repeat(2), content_keys=[5, 6, 7, 8] * 2)
+    assert twice == pytest.approx(once)
+    assert mean_interval(values.repeat(2)).high < twice.high
+    with pytest.raises(ValueError, match="two images or more, not 1"):
+        mean_interval(values, content_keys=[1, 1, 1, 1])
+    with pytest.raises(ValueError, match="one content key"):
+        mean_interval(values, content_keys=[1])
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            mean_interval(torch.tensor([1.0, bad]))
+
+
+def test_networks_are_evaluated_without_dropout(network: UNet) -> None:
+    """The network of the fixture drops half of what it has while training; through a wrapper for labels too."""
+    process = GaussianDiffusion(NoiseSchedule.cosine(5), "v")
+    images = draw_8bit(3, (1, 4, 4), 0.0, 0.5, seed=3)
+    classes = UNet(UNetConfig(channels=(8,), groups=4, dropout=0.5, num_classes=2))
+    with torch.no_grad():
+        for parameter in classes.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    labelled = Conditioned(classes, torch.tensor([0, 1, 1]))
+    for model, inner in ((network, network), (labelled, classes)):
+        for measure in (
+            lambda model=model: bits_per_dim(process, model, images, 0).total,
+            lambda model=model: bits_per_dim_estimate(process, model, images, 0, 4),
+        ):
+            still, training = (inner.train(mode) and measure() for mode in (False, True))
+            assert torch.equal(training, still)
+            assert inner.training
 
 
 def test_one_timestep_is_decoder_and_prior_alone() -> None:

@@ -230,7 +230,9 @@ def test_weightings_at_zero_terminal_signal(predict: str, weighting: losses.Weig
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: losses.min_snr(0), "gamma must be above 0, not 0"),
+        (lambda: losses.min_snr(0), "gamma must be above 0, and finite, not 0"),
+        (lambda: losses.min_snr(math.inf), "not inf"),
+        (lambda: losses.p2(math.nan), "not gamma nan"),
         (lambda: losses.min_snr(math.nan), "gamma must be above 0"),
         (lambda: losses.p2(-1), "gamma >= 0 and k > 0"),
         (lambda: losses.p2(1, 0), "gamma >= 0 and k > 0"),

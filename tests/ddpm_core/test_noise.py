@@ -1,5 +1,6 @@
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -145,6 +146,22 @@ def test_keys_never_meet() -> None:
     assert all(0 <= key < 2**64 for key in keys)
     assert noise.key(1, "a", 23) != noise.key(1, "a", 2, 3)
     assert noise.key(-1, "a") != noise.key(1, "a")
+
+
+def test_a_purpose_is_no_index() -> None:
+    """Their text would be the same: "1/a/2"."""
+    with pytest.raises(ValueError, match="number between slashes: 'a/2'"):
+        noise.key(1, "a/2")
+    assert noise.key(1, "init/down.0.conv1") != noise.key(1, "init", 0)
+
+
+def test_seeds_are_integers() -> None:
+    for seed in (0.5, 1.0, "1", None, True):
+        with pytest.raises(ValueError, match=f"a seed must be an integer, not {seed!r}"):
+            noise.key(seed, "a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"an index must be an integer, not 2\.5"):
+        noise.key(1, "a", 2.5)  # type: ignore[arg-type]
+    assert noise.key(np.int64(3), "a", np.uint8(4)) == noise.key(3, "a", 4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("counter", [-1, 2**32])

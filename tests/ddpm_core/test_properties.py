@@ -38,7 +38,7 @@ def by_formula(draw: st.DrawFn) -> NoiseSchedule:
         return NoiseSchedule.sigmoid(timesteps, start, start + width, tau)
     low, high = sorted(draw(st.lists(st.floats(1e-4, 0.9999), min_size=2, max_size=2, unique=True)))
     # Rates so close that a step of them cannot be told from none are no schedule.
-    return NoiseSchedule.from_rates(timesteps, low, min(high + 1e-6, 0.99999))
+    return NoiseSchedule.from_rates(max(2, timesteps), low, min(high + 1e-6, 0.99999))
 
 
 @st.composite

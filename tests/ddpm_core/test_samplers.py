@@ -268,9 +268,26 @@ def test_two_steps_leave_dpmpp_nothing_to_extrapolate(network: UNet) -> None:
         ({"seeds": []}, "seeds is empty"),
         ({"steps": 1001}, r"1\.\.1000"),
         ({"steps": 0}, r"1\.\.1000"),
-        ({"steps": 10, "spacing": "odd"}, "spacing"),
+        ({"steps": 2.5}, "integer, not 2.5"),
+        ({"steps": 10, "spacing": "odd"}, "leading, linspace, trailing, not 'odd'"),
+        ({"spacing": "odd"}, "leading, linspace, trailing, not 'odd'"),
+        ({"seeds": [0.5]}, "a seed must be an integer, not 0.5"),
     ],
 )
 def test_bad_input(network: UNet, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         sample(GaussianDiffusion(LINEAR), network, SHAPE, **({"seeds": [1]} | settings))
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("settings", [{}, {"dynamic_threshold": 0.9}, {"clip_x0": False}])
+@pytest.mark.parametrize("from_step", [0, 3])
+def test_a_network_that_answers_nan_draws_nothing(sampler: str, settings: dict[str, Any], from_step: int) -> None:
+    calls: list[int] = []
+
+    def network(x_t: Tensor, timestep: Tensor) -> Tensor:
+        calls.append(1)
+        return x_t * (math.nan if len(calls) > from_step else 0.0)
+
+    with pytest.raises(ValueError, match=r"not finite|NaN"):
+        sample(GaussianDiffusion(LINEAR), network, SHAPE, [1], sampler=sampler, steps=4, **settings)

@@ -5,10 +5,11 @@ import pickle
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
-from ddpm_core import NoiseSchedule
+from ddpm_core import GaussianDiffusion, NoiseSchedule
 
 T = 1000
 
@@ -121,11 +122,19 @@ def test_beta_and_alpha_bar_define_the_same_schedule() -> None:
         (lambda: NoiseSchedule.quadratic(10, -0.1, 0.1), "beta_start"),
         (lambda: NoiseSchedule.cosine(0), "timesteps must be 1 or more"),
         (lambda: NoiseSchedule.cosine(10, s=-1), "s must"),
+        (lambda: NoiseSchedule.cosine(10, s=math.inf), "s must be 0 or more, and finite"),
+        (lambda: NoiseSchedule.sigmoid(10, end=math.inf), "finite start < end"),
+        (lambda: NoiseSchedule.linear(100.5), "timesteps must be an integer, not 100.5"),  # type: ignore[arg-type]
+        (lambda: NoiseSchedule.sigmoid(10.0), "timesteps must be an integer, not 10.0"),  # type: ignore[arg-type]
+        (lambda: NoiseSchedule.quadratic(10, math.nan, 0.1), "beta_start"),
+        (lambda: NoiseSchedule.from_rates(1, 0.1, 0.9), "two timesteps or more"),
         (lambda: NoiseSchedule.sigmoid(10, start=1, end=0), "start < end"),
         (lambda: NoiseSchedule.from_rates(10, 0.9, 0.1), "min_signal_rate"),
         (lambda: NoiseSchedule.from_rates(10, 0.0, 0.9), "min_signal_rate"),
         (lambda: NoiseSchedule.linear().respace(0), "1..1000"),
         (lambda: NoiseSchedule.linear().respace(1001), "1..1000"),
+        (lambda: NoiseSchedule.linear().respace(2.5), "steps must be an integer, not 2.5"),  # type: ignore[arg-type]
+        (lambda: NoiseSchedule.linear().respace(True), "steps must be an integer, not True"),
         (lambda: NoiseSchedule.linear().respace(10, "even"), "leading, linspace, trailing"),
         (lambda: NoiseSchedule.cosine(1).rescale_zero_terminal(), "one timestep"),
     ],
@@ -145,6 +154,30 @@ def test_warns_where_signal_is_left() -> None:
         warnings.simplefilter("error")
         NoiseSchedule.linear().respace(600, "linspace").respace(50, "trailing")
         NoiseSchedule.cosine(50)
+
+
+def test_respacing_warns_where_it_leaves_more_signal_than_the_schedule() -> None:
+    with pytest.warns(UserWarning, match="alpha_bar"):
+        schedule = NoiseSchedule.linear(100)
+    with pytest.warns(UserWarning, match="leading spacing start at t = 60; others start at 100"):
+        schedule.respace(60, "leading")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.respace(10, "trailing")  # ends where the schedule does, which has said so
+
+
+def test_warnings_point_at_the_caller() -> None:
+    for make in (
+        lambda: NoiseSchedule.linear(100),
+        lambda: GaussianDiffusion(NoiseSchedule.linear()).respace(600, "leading"),
+    ):
+        with pytest.warns(UserWarning, match="alpha_bar") as caught:
+            make()
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_any_integer_is_a_number_of_timesteps() -> None:
+    assert NoiseSchedule.cosine(np.int64(50)).respace(np.int32(7)).timesteps == 7  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,34 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
         UNet(SMALL)(draw(*shape), torch.tensor([0, 1]))
 
 
+def test_other_numbers_of_timesteps_are_refused() -> None:
+    model = UNet(DIGITS)
+    for shape in ((3,), (2, 1), (0,)):
+        with pytest.raises(ValueError, match=r"one timestep an image is needed, \[2\], not "):
+            model(draw(2, 1, 8, 8), torch.zeros(shape, dtype=torch.int64))
+    one, each = (model(draw(2, 1, 8, 8), torch.tensor(t)) for t in (7, [7, 7]))
+    assert torch.equal(one, each)
+
+
+def test_the_output_is_float32_under_autocast() -> None:
+    """bfloat16 has 8 bits: what is read from the output would magnify that error."""
+    model = trained(DIGITS)
+    x, t = draw(2, 1, 8, 8), torch.tensor([1, 900])
+    heard: list[torch.dtype] = []
+    for conv in (model.conv_in, model.conv_out):
+        conv.register_forward_hook(lambda module, args, output: heard.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(x, t)
+    assert heard == [torch.bfloat16, torch.float32]
+    assert (output != output.bfloat16().float()).double().mean() > 0.9
+    torch.testing.assert_close(output, model(x, t), rtol=0, atol=0.1)
+
+
+def test_a_network_of_half_precision_answers_in_it() -> None:
+    output = trained(DIGITS).bfloat16()(draw(2, 1, 8, 8).bfloat16(), torch.tensor([1, 900]))
+    assert output.dtype == torch.bfloat16
+
+
 def test_at_first_the_network_answers_zero_and_blocks_pass_their_input_on() -> None:
     model = UNet(ATTENTION)
     assert (model(draw(2, 1, 8, 8), torch.tensor([3, 5])) == 0).all()
