@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 
+class NotFiniteError(ValueError):
+    """NaN or an infinity where numbers are needed: bad input, or the work of a network that diverged."""
+
+
 def checked_integer(value: Any, name: str) -> int:
     """The value as an int; ValueError for what is none, True and 2.0 included."""
     try:
@@ -48,9 +52,9 @@ def check_same_shape(images: Tensor, other: Tensor) -> None:
 
 
 def check_finite(images: Tensor) -> None:
-    """ValueError for NaN and infinities."""
+    """NotFiniteError for NaN and infinities."""
     if not images.isfinite().all():
-        raise ValueError("the images or the noise hold values that are not finite")
+        raise NotFiniteError("the images or the noise hold values that are not finite")
 
 
 def callers_level() -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddpm_core import losses, noise
-from ddpm_core.checks import check_images, checked_integer
+from ddpm_core.checks import NotFiniteError, check_images, checked_integer
 from ddpm_core.diffusion import GaussianDiffusion, Network, evaluating
 from ddpm_core.timesteps import draw, timestep_density
 
@@ -152,7 +152,7 @@ def mean_interval(estimates: Tensor, content_keys: Sequence[int] | None = None) 
     """
     values = estimates.double().flatten().tolist()
     if not all(map(math.isfinite, values)):
-        raise ValueError("estimates must be finite numbers: a network that diverged has none")
+        raise NotFiniteError("estimates must be finite numbers: a network that diverged has none")
     keys = range(len(values)) if content_keys is None else content_keys
     if len(keys) != len(values):
         raise ValueError(f"one content key an estimate is needed: {len(keys)} for {len(values)}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_core import noise
+from ddpm_core.checks import NotFiniteError
 from ddpm_core.diffusion import GaussianDiffusion, Network, evaluating
 from ddpm_core.guidance import Conditioned
 from ddpm_core.schedule import NoiseSchedule, check_spacing
@@ -129,8 +130,8 @@ def sample(
     `ddpm_core.guidance`. device defaults to the model's.
 
     ValueError for an unknown sampler or spacing, no seeds, steps outside 1..T, eta outside 0..1, or above 0 with
-    another sampler than "ddim", a dynamic threshold outside (0, 1] or without clipping, labels that do not fit, and for
-    images that come out as NaN.
+    another sampler than "ddim", a dynamic threshold outside (0, 1] or without clipping, labels that do not fit, and, as
+    a NotFiniteError, for images that come out as NaN.
     """
     _check_options(sampler, eta, spacing, clip_x0, dynamic_threshold, len(seeds))
     if steps is not None:
@@ -160,7 +161,9 @@ def sample(
             if isinstance(sigma, Tensor) or sigma > 0:
                 x = x + sigma * draws[index + 1]
     if not x.isfinite().all():
-        raise ValueError("the images hold NaN or infinities: the network, or its sampler without clipping, diverged")
+        raise NotFiniteError(
+            "the images hold NaN or infinities: the network, or its sampler without clipping, diverged"
+        )
     return x.clone()  # a copy made outside inference mode can be used anywhere
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ddpm_core import GaussianDiffusion, UNet, noise, sample
+from ddpm_core.checks import NotFiniteError
 from ddpm_core.samplers import Callback
+from pipelines.errors import Failed
 from pipelines.sections import Sample
 
 
@@ -52,21 +54,24 @@ def draw(
 ) -> Tensor:
     """Images float32 [N, C, size, size] in about [-1, 1] for the indices of a job.
 
-    Their seeds are the job's for these indices, unless others are given.
+    Their seeds are the job's for these indices, unless others are given. Failed where the network answers NaN.
     """
     labels = [label_of(unet, index) for index in indices]
-    return sample(
-        process,
-        unet,
-        shape=(unet.config.image_channels, size, size),
-        seeds=[settings.key(index) for index in indices] if seeds is None else seeds,
-        sampler=settings.sampler,
-        steps=settings.steps,
-        eta=settings.eta,
-        spacing=settings.spacing,
-        clip_x0=settings.clip_x0,
-        dynamic_threshold=settings.dynamic_threshold,
-        labels=None if unet.config.num_classes is None else [label for label in labels if label is not None],
-        guidance=settings.guidance,
-        callback=callback,
-    )
+    try:
+        return sample(
+            process,
+            unet,
+            shape=(unet.config.image_channels, size, size),
+            seeds=[settings.key(index) for index in indices] if seeds is None else seeds,
+            sampler=settings.sampler,
+            steps=settings.steps,
+            eta=settings.eta,
+            spacing=settings.spacing,
+            clip_x0=settings.clip_x0,
+            dynamic_threshold=settings.dynamic_threshold,
+            labels=None if unet.config.num_classes is None else [label for label in labels if label is not None],
+            guidance=settings.guidance,
+            callback=callback,
+        )
+    except NotFiniteError as error:
+        raise Failed(f"nothing was drawn, {error}") from None

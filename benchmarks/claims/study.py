@@ -132,7 +132,7 @@ class Study:
             images = self._held_out("bits", self.data.work.bits_images)
             process, network = variant.process(), self.model(variant, seed)
             estimates = estimate_bits(process, network, images, MEASURE_SEED, BITS_TIMESTEPS)
-            score = bits_score(estimates, seed=MEASURE_SEED, provenance={})
+            score = bits_score(estimates, images, seed=MEASURE_SEED, provenance={})
             return {"value": score.value, "interval": list(score.interval)}
 
         return self.cache.numbers("bits", recipe, make)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm_core import GaussianDiffusion, bits_per_dim_estimate, mean_interval
+from ddpm_core import GaussianDiffusion, bits_per_dim_estimate, content_keys, mean_interval
 from ddpm_core.diffusion import Network
 from pipelines.data.pixels import to_model
-from pipelines.errors import UserError
+from pipelines.errors import Failed, UserError
 from pipelines.evaluate.features import PREPROCESSING, FeatureNet, Pixels, torch_threads
 from pipelines.evaluate.frechet import (
     Features,
@@ -78,12 +78,13 @@ def frechet_score(
     return Score(FRECHET, value, (max(0.0, value + low), value + high), {**provenance, **added})
 
 
-def bits_score(estimates: NDArray[np.float64], *, seed: int, provenance: Mapping[str, Any]) -> Score:
-    """Mean bits/dim of per-image estimates [N] on held-out images, with its interval over images and draws.
+def bits_score(estimates: NDArray[np.float64], images: Pixels, *, seed: int, provenance: Mapping[str, Any]) -> Score:
+    """Mean bits/dim of per-image estimates [N] on held-out images uint8 [N, H, W, C], with its interval over images and
+    draws, of which copies of an image are one.
 
-    `seed` and `provenance` say how the estimates were made; they are recorded. ValueError for fewer than two.
+    `seed` and `provenance` say how the estimates were made; they are recorded. ValueError for fewer than two images.
     """
-    mean, low, high = mean_interval(torch.from_numpy(estimates))
+    mean, low, high = mean_interval(torch.from_numpy(estimates), content_keys(to_model(images)))
     added = {"n": len(estimates), "preprocessing": PREPROCESSING, "split": HELD_OUT, "seed": seed}
     return Score(BITS_PER_DIM, mean, (low, high), {**provenance, **added})
 
@@ -98,7 +99,8 @@ def estimate_bits(
 ) -> NDArray[np.float64]:
     """Unbiased estimates of bits/dim, float64 [N], of images uint8 [N, H, W, C]: `timesteps_per_image` calls each.
 
-    The noise is keyed by (seed, the image's content); bits may depend on `batch`, and on where batches begin.
+    The noise is keyed by (seed, the image's content); bits may depend on `batch`, and on where batches begin. Failed
+    where the network answers NaN.
     """
     device = next((p.device for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
     parts = [
@@ -107,7 +109,10 @@ def estimate_bits(
         )
         for start in range(0, len(images), batch)
     ]
-    return np.fromiter(chain.from_iterable(part.tolist() for part in parts), dtype=np.float64)
+    estimates = np.fromiter(chain.from_iterable(part.tolist() for part in parts), dtype=np.float64)
+    if not np.isfinite(estimates).all():
+        raise Failed("the model answers NaN to held-out images: it diverged, and has no bits/dim")
+    return estimates
 
 
 def uniform_noise(shape: tuple[int, ...], seed: int) -> Pixels:

@@ -26,7 +26,16 @@ _BITS_BATCH = 64
 _FEATURE_SEED = 0
 """Not the run's: scores of runs that differ in their seed are to be compared, so in the same features."""
 
-MEASURE = {"features": FEATURES_FORMAT, "feature_seed": _FEATURE_SEED, "splits": SPLITS, "replicates": REPLICATES}
+_BITS_FORMAT = 2
+"""Of the bits' interval; since 2, copies of an image count in it as one."""
+
+MEASURE = {
+    "bits": _BITS_FORMAT,
+    "features": FEATURES_FORMAT,
+    "feature_seed": _FEATURE_SEED,
+    "splits": SPLITS,
+    "replicates": REPLICATES,
+}
 """What scores depend on beside the spec, the model and the data; with it in their key, old ones are not taken for new.
 """
 
@@ -84,6 +93,7 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
     frechet = frechet_score(net, pixels, held_out, seed=spec.seed, provenance=provenance)
     bound = bits_score(
         np.concatenate(ray.get(bits)),
+        np.concatenate([images for images, _ in parts]),
         seed=spec.seed,
         provenance={
             **{name: provenance[name] for name in ("model_digest", "dataset_digest", "ema")},

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_core import GaussianDiffusion, NoiseSchedule, bits_per_dim_estimate
+from ddpm_core import GaussianDiffusion, NoiseSchedule, UNet, UNetConfig, bits_per_dim_estimate
 from pipelines.data.pixels import to_model
-from pipelines.errors import UserError
+from pipelines.drawing import Settings, draw
+from pipelines.errors import Failed, UserError
 from pipelines.evaluate.evaluate import bits_score, estimate_bits, frechet_score, uniform_noise
 from pipelines.evaluate.features import FeatureNet
 from pipelines.evaluate.scores import Score, comparable
+from pipelines.sections import Sample
 from pipelines.store import DamageError
 from tests.evaluate.conftest import Digits
 
@@ -127,7 +129,8 @@ def test_bits_are_the_cores_whatever_the_batch(digits: Digits) -> None:
 
 def test_bits_score_is_mean_and_interval() -> None:
     estimates = np.random.default_rng(0).normal(3.0, 0.4, size=400)
-    score = bits_score(estimates, seed=7, provenance=KNOWN)
+    images = np.arange(400, dtype=np.uint16).view(np.uint8).reshape(400, 1, 2, 1)  # all of them different
+    score = bits_score(estimates, images, seed=7, provenance=KNOWN)
     assert score.name == "bits_per_dim"
     assert score.value == pytest.approx(estimates.mean())
     half = 1.96 * estimates.std(ddof=1) / 20
@@ -139,3 +142,17 @@ def test_bits_score_is_mean_and_interval() -> None:
         "split": "held-out",
         "seed": 7,
     }
+    twice = bits_score(np.tile(estimates, 2), np.tile(images, (2, 1, 1, 1)), seed=7, provenance=KNOWN)
+    assert twice.interval == pytest.approx(score.interval)  # a copy shares its noise, and says nothing new
+
+
+def test_a_network_that_answers_nan_has_no_score() -> None:
+    process, images = GaussianDiffusion(NoiseSchedule.cosine(8)), np.zeros((2, 4, 4, 1), dtype=np.uint8)
+    with pytest.raises(Failed, match="it diverged, and has no bits/dim"):
+        estimate_bits(process, lambda x_t, timestep: x_t * np.nan, images, 0, 4)
+    unet = UNet(UNetConfig(channels=(4,), groups=2))
+    with torch.no_grad():
+        unet.conv_out.bias.fill_(np.nan)
+    settings = Settings.of(Sample(n=2, steps=4))
+    with pytest.raises(Failed, match="nothing was drawn, the images"):
+        draw(process, unet, 4, settings, range(2))
