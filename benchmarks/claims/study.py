@@ -25,7 +25,7 @@ TIMESTEPS = 1000
 EMA_HALF_LIFE = 2000.0
 WARM_UP = 2000
 """Images over which the learning rate rises to its value; it stays there."""
-BITS_TIMESTEPS = 10
+BITS_TIMESTEPS, BITS_BATCH = 10, 64
 SPLITS = 50
 REPLICATES = 2
 """Of the interval of one set of samples, which is not used here: the spread is over seeds."""
@@ -124,6 +124,7 @@ class Study:
             "train": self._training(variant, seed),
             "images": self.data.work.bits_images,
             "timesteps": BITS_TIMESTEPS,
+            "batch": BITS_BATCH,
             "clip_x0": True,
             "measure_seed": MEASURE_SEED,
         }
@@ -131,7 +132,7 @@ class Study:
         def make() -> dict[str, Any]:
             images = self._held_out("bits", self.data.work.bits_images)
             process, network = variant.process(), self.model(variant, seed)
-            estimates = estimate_bits(process, network, images, MEASURE_SEED, BITS_TIMESTEPS)
+            estimates = estimate_bits(process, network, images, MEASURE_SEED, BITS_TIMESTEPS, BITS_BATCH)
             score = bits_score(estimates, images, seed=MEASURE_SEED, provenance={})
             return {"value": score.value, "interval": list(score.interval)}
 
@@ -166,7 +167,9 @@ class Study:
 
     def pace(self) -> Any:
         """Seconds an image and step, by sampler: the fastest of several rounds, in which they take turns."""
-        recipe = {"channels": list(self.data.work.channels), "side": self.data.side, "threads": self.threads}
+        work = self.data.work
+        network_fields = {"channels": list(work.channels), "groups": work.groups, "side": self.data.side}
+        timed = {"rounds": PACE_ROUNDS, "steps": PACE_STEPS, "batch": CHUNK, "threads": self.threads}
 
         def make() -> dict[str, float]:
             network, shape = self._network(0), (1, self.data.side, self.data.side)
@@ -179,7 +182,7 @@ class Study:
                     best[name] = min(best[name], (time.perf_counter() - begin) / CHUNK / PACE_STEPS)
             return best
 
-        return self.cache.numbers("pace", recipe, make)
+        return self.cache.numbers("pace", network_fields | timed, make)
 
     def drawn(self, variant: Variant, seed: int, way: Way) -> Pixels | None:
         """The images drawn, uint8 [n, H, W, 1]."""
