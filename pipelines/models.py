@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from ddpm_core import GaussianDiffusion, UNet
-from pipelines.averages import averaged
+from pipelines.averages import MOST_ERROR, averaged
 from pipelines.build import build_model, build_process
 from pipelines.errors import UserError
 from pipelines.fields import apply_overrides
@@ -43,7 +43,7 @@ class Model:
     dataset_digest: str
     origin: str
     average: str
-    """Which average of a run's weights these are, in words."""
+    """Which average of a run's weights these are, in words; of one made after training, how well it is met."""
 
     @property
     def digest(self) -> str:
@@ -91,10 +91,13 @@ class Model:
         return model
 
 
-def of_checkpoint(run: Run, step: int, spec: Spec | None = None) -> Model:
-    """A moving average of a run's checkpoint: that which the spec, by default the recorded one, draws with."""
+def of_checkpoint(run: Run, step: int, spec: Spec | None = None, most_error: float = MOST_ERROR) -> Model:
+    """A moving average of a run's checkpoint: that which the spec, by default the recorded one, draws with.
+
+    UserError where it is one of another length that is not met to within the relative error `most_error`.
+    """
     spec = spec or run.spec()
-    weights, average = averaged(run, step, spec)
+    weights, average = averaged(run, step, spec, most_error)
     return Model(spec, weights, run.description()["dataset_digest"], f"{run.name}/{step}", average)
 
 

@@ -102,7 +102,7 @@ class Spec(Section):
         """The fields that decide a run's weights, but for how long it trains: with the dataset, its identity.
 
         Where and by how many workers it runs is not among them; `train.images` is not, because nothing before the
-        end depends on it.
+        end depends on it, but for where snapshots of `train.ema_profiles` are kept if nothing else says so.
         """
         spec = self.model_dump(mode="json")
         train = spec["train"]
@@ -116,6 +116,9 @@ class Spec(Section):
             "log_every",
         ):
             del train[name]
+        del train["ema_snapshot_every"]
+        if self.train.ema_profiles:
+            train["ema_snapshot_every"] = self.train.snapshot_every
         data = {"window": self.data.window, "flip": self.data.flip}
         return {
             "seed": self.seed,
@@ -187,6 +190,13 @@ def _check_buildable(spec: Spec, origin: str) -> None:
             build()
         except (ValueError, ArithmeticError) as error:
             raise UserError(f"{origin}: {field}: {error}") from None
+    if (length := spec.sample.ema_length) is not None:
+        from pipelines.averages import recipe
+
+        try:
+            recipe(spec.train, spec.train.total_steps, length)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from None
 
 
 def dump_spec(spec: Spec) -> str:

@@ -66,9 +66,12 @@ def train(
     """
     torch.set_num_threads(spec.train.threads)
     trainer = Trainer(spec, dataset, run, world or World())
+    snapshots = frozenset(spec.train.snapshot_steps(spec.train.total_steps))
     with trainer.stream() as stream:
         while trainer.step < spec.train.total_steps:
             trainer.take_step(stream)
+            if trainer.step in snapshots:
+                trainer.save_snapshot()
             if trainer.step % spec.train.checkpoint_every == 0 or trainer.step == spec.train.total_steps:
                 trainer.save()
                 if at_checkpoint is not None:
@@ -251,12 +254,21 @@ class Trainer:
         """Commit the journal's segment, then the checkpoint (rank 0 writes, nobody waits)."""
         self._log()
         if self.world.rank == 0:
-            if self.run.newest_attempt() > self.attempt:
-                raise RuntimeError(f"attempt {self.attempt} of run {self.run.name} was superseded: it writes no more")
+            self._check_newest()
             self.run.journal.commit(self.attempt, self._rows)
             checkpoint = self.state.checkpoint({**environment(), "threads": self.spec.train.threads})
             self.run.checkpoints.save(checkpoint, keep=self.spec.train.keep_checkpoints)
         self._rows.clear()
+
+    def save_snapshot(self) -> None:
+        """Keep the power-function averages of this step (rank 0 writes, nobody waits)."""
+        if self.world.rank == 0:
+            self._check_newest()
+            self.run.checkpoints.save_snapshot(self.step, self.state.profiles())
+
+    def _check_newest(self) -> None:
+        if self.run.newest_attempt() > self.attempt:
+            raise RuntimeError(f"attempt {self.attempt} of run {self.run.name} was superseded: it writes no more")
 
     def stream(self) -> SlotStream:
         """The images of the owned slots from this step on."""
