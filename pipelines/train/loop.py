@@ -145,7 +145,9 @@ class Trainer:
             self._log()
 
     def _slot(self, slot: int, images: Any, labels: Any) -> Tensor:
-        """Forward and backward of one slot; its statistics, float64 [1 + 2 * quartiles]: loss, then sums and counts."""
+        """Forward and backward of one slot; its statistics, float64 [1 + 2 * quartiles]: loss, then by quartile of the
+        log-SNR the sums of losses and of what they count, so that the means are those over timesteps alike.
+        """
         seed, step, n = self.spec.seed, self.step, len(images)
         x0 = to_model(images)
         if self.spec.data.flip:
@@ -159,9 +161,9 @@ class Trainer:
         last = slot == self.owned[-1]
         if self.world.size > 1 and not last:
             with self._module.no_sync():
-                losses = self._backward(x0, t, eps, shown)
+                losses, weights = self._backward(x0, t, eps, shown)
         else:
-            losses = self._backward(x0, t, eps, shown)
+            losses, weights = self._backward(x0, t, eps, shown)
         if not last:
             self._gradients.add()
         elif self.world.size == 1:
@@ -171,7 +173,7 @@ class Trainer:
         quartile = torch.bucketize(self.process.schedule.log_snr[t - 1], self._boundaries)
         sums = torch.zeros(2, _QUARTILES, dtype=torch.float64)
         sums[0].index_add_(0, quartile, losses)
-        sums[1].index_add_(0, quartile, torch.ones_like(losses))
+        sums[1].index_add_(0, quartile, weights)
         return torch.cat((losses.mean()[None], sums.flatten()))
 
     def _timesteps(self, slot: int, n: int) -> Tensor:
@@ -188,15 +190,19 @@ class Trainer:
         uniforms = noise.uniform(keys, len(labels))[0]
         return dropped(torch.as_tensor(labels, dtype=torch.int64), uniforms, self.spec.train.label_dropout, classes)
 
-    def _backward(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None) -> Tensor:
+    def _backward(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The losses of the images as they count, and how much they count: float64 [N] both."""
+
         def network(x_t: Tensor, timestep: Tensor) -> Tensor:
             return self._module(x_t, timestep) if labels is None else self._module(x_t, timestep, labels)
 
         losses = self._loss(self.process, network, x0, t, eps)
+        weights = torch.ones(len(losses), dtype=torch.float64)
         if self._density is not None:
-            losses = losses * timesteps.importance(self._density, t).to(losses)
+            weights = timesteps.importance(self._density, t)
+            losses = losses * weights.to(losses)
         losses.mean().backward()
-        return losses.detach().double()
+        return losses.detach().double(), weights
 
     def _learning_rate(self) -> float:
         warm = self.spec.train.warmup_images

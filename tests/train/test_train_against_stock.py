@@ -89,6 +89,8 @@ class Step:
     loss: float
     gradient_norm: float
     learning_rate: float
+    quartiles: Mapping[str, float]
+    """The mean loss of the timesteps in each quarter by log-SNR, as if they had been drawn evenly."""
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
 
@@ -111,21 +113,37 @@ def stock_training(spec: Spec, dataset: Dataset) -> list[Step]:
     for step in range(settings.images // BATCH):
         seen = (step + 1) * BATCH
         optimizer.zero_grad()
-        of_slots = [slot_loss(spec, dataset, model, step, slot) for slot in range(SLOTS)]
+        slots = [of_slot(spec, dataset, model, step, slot) for slot in range(SLOTS)]
+        t, counted, importance = map(torch.cat, zip(*slots, strict=True))
         clip = float("inf") if settings.grad_clip is None else settings.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         rate = settings.learning_rate * (min(1.0, seen / settings.warmup_images) if settings.warmup_images else 1.0)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        live = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         keep = 0.5 ** (BATCH / min(settings.ema_half_life, 0.05 * seen))
-        ema = {name: keep * ema[name] + (1 - keep) * weights[name] for name in weights}
-        states.append(Step(sum(of_slots) / SLOTS, float(norm), rate, weights, ema))
+        ema = {name: keep * ema[name] + (1 - keep) * live[name] for name in live}
+        states.append(
+            Step(float(counted.mean()), float(norm), rate, by_quartile(spec, t, counted, importance), live, ema)
+        )
     return states
 
 
-def slot_loss(spec: Spec, dataset: Dataset, model: torch.nn.Module, step: int, slot: int) -> float:
-    """Forward and backward of one slot: its share of the mean's gradient is added to `.grad`."""
+def by_quartile(spec: Spec, t: Tensor, counted: Tensor, importance: Tensor) -> dict[str, float]:
+    """What the journal says of a step's timesteps [N], weighted losses [N] and weights [N]."""
+    log_snr = NoiseSchedule.cosine(spec.diffusion.timesteps).log_snr.numpy()
+    quarter = np.searchsorted(np.quantile(log_snr, [0.25, 0.5, 0.75]), log_snr[t.numpy() - 1])
+    means = {q: counted[quarter == q].sum() / importance[quarter == q].sum() for q in set(quarter.tolist())}
+    return {f"loss_log_snr_q{q + 1}": float(mean) for q, mean in means.items()}
+
+
+def of_slot(
+    spec: Spec, dataset: Dataset, model: torch.nn.Module, step: int, slot: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward and backward of one slot: its share of the mean's gradient is added to `.grad`.
+
+    The timesteps, the losses as they count and their weights, [N] each.
+    """
     process = GaussianDiffusion(NoiseSchedule.cosine(spec.diffusion.timesteps), variance=spec.diffusion.variance)
     split, size = dataset.split("train"), BATCH // SLOTS
 
@@ -151,9 +169,9 @@ def slot_loss(spec: Spec, dataset: Dataset, model: torch.nn.Module, step: int, s
         hidden = noise.uniform([key("label")], size)[0].numpy() < spec.train.label_dropout
         given = (torch.from_numpy(np.where(hidden, CLASSES, labels.astype(np.int64))),)
     torch.manual_seed(key("dropout") >> 1)  # a seed has 63 bits
-    loss = (weights * objective(spec, process, lambda x_t, at: model(x_t, at, *given), x0, t, eps)).mean()
-    (loss / SLOTS).backward()
-    return loss.item()
+    counted = weights * objective(spec, process, lambda x_t, at: model(x_t, at, *given), x0, t, eps)
+    (counted.mean() / SLOTS).backward()
+    return t, counted.detach().double(), weights.double()
 
 
 def objective(spec: Spec, process: GaussianDiffusion, network: Network, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -201,7 +219,8 @@ def product_training(spec: Spec, dataset: Dataset, store: Path) -> list[Step]:
     for row in run.journal.read(spec.train.total_steps):
         checkpoint = run.checkpoints.load(row.step)
         exact = {name: row.exact[name] for name in ("loss", "gradient_norm", "learning_rate")}
-        states.append(Step(**exact, model=checkpoint.model, ema=checkpoint.ema))
+        quartiles = {name: mean for name, mean in row.exact.items() if name.startswith("loss_log_snr_q")}
+        states.append(Step(**exact, quartiles=quartiles, model=checkpoint.model, ema=checkpoint.ema))
     return states
 
 
@@ -221,6 +240,7 @@ def assert_alike(trained: list[Step], expected: list[Step]) -> None:
     for step, (ours, theirs) in enumerate(zip(trained, expected, strict=True), start=1):
         assert ours.learning_rate == pytest.approx(theirs.learning_rate, rel=1e-12), f"step {step}"
         assert ours.loss == pytest.approx(theirs.loss, rel=RELATIVE), f"step {step}"
+        assert ours.quartiles == pytest.approx(theirs.quartiles, rel=RELATIVE), f"step {step}"
         assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=RELATIVE), f"step {step}"
         assert distance(ours.model, theirs.model) < 1, f"weights of step {step}"
         assert distance(ours.ema, theirs.ema) < 1, f"moving average of step {step}"
