@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pipelines.build import build_model
 from pipelines.cluster import Cluster
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
@@ -16,7 +17,7 @@ from pipelines.drawing import Settings, draw
 from pipelines.errors import UserError
 from pipelines.evaluate.job import held_out_bits
 from pipelines.interop import export_diffusers
-from pipelines.models import find_model, of_checkpoint
+from pipelines.models import Model, find_model, of_checkpoint
 from pipelines.pipeline import run, run_sweep, run_training
 from pipelines.progress import Progress
 from pipelines.session import open_session
@@ -194,3 +195,15 @@ def test_a_diffusers_folder_is_a_model_like_any_other(dataset: Dataset, tmp_path
     settings = Settings.of(found.spec.sample)
     ours, theirs = (draw(*m.build(), 8, settings, range(4)) for m in (model, found))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_of_a_model_of_classes_alone_is_a_model_too(tmp_path: Path) -> None:
+    """It was trained with every label shown, as diffusers has no word for a class that stands for none."""
+    spec = tiny_spec(model={**tiny_fields()["model"], "classes": 10, "null_class": False}, train__label_dropout=0.0)
+    weights = safetensors.torch.save(build_model(spec).state_dict())
+    export_diffusers(Model(spec, weights, "no-data", "test", "none"), tmp_path / "exported")
+    with Cluster(None) as unused:
+        session = open_session(unused, Progress(), spec, str(tmp_path / "store"))
+        found = find_model(str(tmp_path / "exported"), session.store, session.tracker)
+    assert (found.spec.model.classes, found.spec.model.null_class) == (10, False)
+    assert draw(*found.build(), 8, Settings.of(found.spec.sample), range(2)).shape == (2, 1, 8, 8)
