@@ -144,7 +144,7 @@ def evaluate(
     from pipelines.store import Place
 
     with _session(None, storage, tracking_uri) as session:
-        found = find_model(model, session.store, session.tracker, overrides or ())
+        found = find_model(model, session.store, session.tracker, overrides or (), verb="evaluate")
         session.progress.start("evaluate", found.origin)
         evaluation = evaluate_model(found, Dataset.open(Place.of(against)), found.spec, session)
         session.progress.finish("evaluate", evaluation.summary())
@@ -193,7 +193,7 @@ def sample(
         for override in overrides or ():
             if (option := _SAMPLE_OPTIONS.get(override.partition("=")[0])) is not None:
                 raise UserError(f"--set {override}: here it is said by {option}")
-        found = find_model(model, session.store, session.tracker, overrides or ())
+        found = find_model(model, session.store, session.tracker, overrides or (), verb="sample")
         session.progress.start("sample", f"{n:,} images of {found.origin}, the actors start")
         settings, workers = Settings.of(found.spec.sample, seed), found.spec.sample.workers
         samples = sample_job(found, settings, n, Place.of(out), session.cluster, workers, session.progress)
@@ -219,7 +219,7 @@ def export(
     if form != "diffusers":
         raise UserError(f"--format {form}: only diffusers can be written")
     with _session(None, storage, tracking_uri) as session:
-        found = find_model(model, session.store, session.tracker, overrides or ())
+        found = find_model(model, session.store, session.tracker, overrides or (), verb="export")
         files = export_diffusers(found, out)
     _print(as_json, {"out": out, "model": found.origin, "files": files}, lambda: print(f"{out}  {found.origin}"))
 

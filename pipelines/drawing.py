@@ -38,9 +38,12 @@ class Settings:
         return noise.key(self.seed, "image", index)
 
 
-def label_of(unet: UNet, index: int) -> int | None:
-    """The class of image i: each in turn, so that any number of images has them about equally often."""
-    return None if unet.config.num_classes is None else index % unet.config.num_classes
+def labels_of(unet: UNet, indices: Sequence[int]) -> list[int] | None:
+    """The class of each image, in turn, so that any number of images has them about equally often; None for a network
+    without classes.
+    """
+    classes = unet.config.num_classes
+    return None if classes is None else [index % classes for index in indices]
 
 
 def draw(
@@ -56,7 +59,6 @@ def draw(
 
     Their seeds are the job's for these indices, unless others are given. Failed where the network answers NaN.
     """
-    labels = [label_of(unet, index) for index in indices]
     try:
         return sample(
             process,
@@ -69,7 +71,7 @@ def draw(
             spacing=settings.spacing,
             clip_x0=settings.clip_x0,
             dynamic_threshold=settings.dynamic_threshold,
-            labels=None if unet.config.num_classes is None else [label for label in labels if label is not None],
+            labels=labels_of(unet, indices),
             guidance=settings.guidance,
             callback=callback,
         )

@@ -8,6 +8,7 @@ import safetensors.torch
 
 from ddpm_core import NoiseSchedule
 from pipelines.interop import Portable, read_diffusers
+from pipelines.interop.configs import all_but_zero_terminal
 from pipelines.models import Model
 from pipelines.spec import Spec, parse_spec
 
@@ -27,6 +28,7 @@ def _spec_of(found: Portable, folder: str) -> Spec:
     for name in ("image_channels", "learned_variance"):
         del model[name]
     learned = found.variance == "learned_range"
+    hidden = {} if config.null_class else {"label_dropout": 0.0}
     return parse_spec(
         {
             "name": re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(folder).resolve().name).lstrip("-._")[:64] or "diffusers",
@@ -38,7 +40,7 @@ def _spec_of(found: Portable, folder: str) -> Spec:
                 "predict": found.predict,
                 "variance": found.variance,
             },
-            "train": {"images": 1, "loss": "hybrid" if learned else "simple"},
+            "train": {"images": 1, "loss": "hybrid" if learned else "simple", **hidden},
             "sample": {
                 "sampler": "ancestral",
                 "steps": found.schedule.timesteps,
@@ -54,7 +56,5 @@ def _spec_of(found: Portable, folder: str) -> Spec:
 def _schedule_fields(schedule: NoiseSchedule) -> dict[str, Any]:
     if schedule.alpha_bar[-1] > 0:
         return {"schedule": {"kind": "betas", "values": schedule.beta.tolist()}}
-    # Shifting and scaling the signal rate to 0 at T leaves alone what is there but for a hair.
-    values = schedule.alpha_bar.tolist()
-    values[-1] = 1e-30 * values[-2]
+    values = all_but_zero_terminal(schedule.alpha_bar).tolist()
     return {"schedule": {"kind": "alpha_bars", "values": values}, "zero_terminal": True}

@@ -14,23 +14,32 @@ import safetensors.torch
 import torch
 
 from ddpm_core import GaussianDiffusion, UNet
-from pipelines.averages import averaged
+from pipelines.averages import MOST_ERROR, averaged
 from pipelines.build import build_model, build_process
 from pipelines.errors import UserError
 from pipelines.fields import apply_overrides
 from pipelines.interop import is_diffusers
 from pipelines.mistakes import nearest
+from pipelines.sections import Sample
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import DamageError, Place, identity, sha256
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA
 from pipelines.train.run import Run, find_run
+from pipelines.unused import warn_unused, warn_without_effect, without_effect
 
 CONFIG = "config.json"
 WEIGHTS = "ema.safetensors"
 FORMAT = 2
 _SETTABLE = ("sample", "evaluate", "promote")
 """Sections of a model's spec that may be set anew."""
+
+USED = {
+    "sample": ("sample",),
+    "evaluate": (*(f"sample.{name}" for name in Sample.model_fields if name != "n"), "evaluate"),
+    "export": tuple(f"sample.{name}" for name in ("ema_length", "clip_x0", "dynamic_threshold", "spacing")),
+}
+"""What of these each verb depends on that takes a model."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Model:
     dataset_digest: str
     origin: str
     average: str
-    """Which average of a run's weights these are, in words."""
+    """Which average of a run's weights these are, in words; of one made after training, how well it is met."""
 
     @property
     def digest(self) -> str:
@@ -91,26 +100,33 @@ class Model:
         return model
 
 
-def of_checkpoint(run: Run, step: int, spec: Spec | None = None) -> Model:
-    """A moving average of a run's checkpoint: that which the spec, by default the recorded one, draws with."""
+def of_checkpoint(run: Run, step: int, spec: Spec | None = None, most_error: float = MOST_ERROR) -> Model:
+    """A moving average of a run's checkpoint: that which the spec, by default the recorded one, draws with.
+
+    UserError where it is one of another length that is not met to within the relative error `most_error`.
+    """
     spec = spec or run.spec()
-    weights, average = averaged(run, step, spec)
+    weights, average = averaged(run, step, spec, most_error)
     return Model(spec, weights, run.description()["dataset_digest"], f"{run.name}/{step}", average)
 
 
-def find_model(text: str, store: Place, tracker: Tracker, overrides: Sequence[str] = ()) -> Model:
+def find_model(
+    text: str, store: Place, tracker: Tracker, overrides: Sequence[str] = (), verb: str = "evaluate"
+) -> Model:
     """The MODEL of the command line, with fields of its recorded spec set anew: how it is sampled and evaluated, not
-    what it is. UserError where there is none.
+    what it is. UserError where there is none; a warning for what is set and has no effect on `verb`, one of `USED`.
     """
     for override in overrides:
         if (section := override.split(".")[0]) not in _SETTABLE:
             near = nearest(section, _SETTABLE)
             hint = f"did you mean {near}?" if near else f"of a model, only {', '.join(_SETTABLE)} can be set"
             raise UserError(f"--set {override}: {hint}")
+    warn_unused(overrides, USED[verb], verb)
     model, of_run = _find(text, store, tracker)
     if not overrides:
         return model
     spec = parse_spec(apply_overrides(model.spec.model_dump(mode="json"), overrides), text)
+    warn_without_effect(spec, said=without_effect(model.spec))
     if spec.sample.ema_length == model.spec.sample.ema_length:
         return replace(model, spec=spec)
     if of_run is None:

@@ -15,7 +15,7 @@ import numpy as np
 from ddpm_core import GaussianDiffusion, UNet
 from pipelines.cluster import Cluster
 from pipelines.data.shards import encode_png, pack, unpack
-from pipelines.drawing import Settings, draw, label_of
+from pipelines.drawing import Settings, draw, labels_of
 from pipelines.errors import Failed, UserError
 from pipelines.models import Model
 from pipelines.progress import Progress
@@ -139,7 +139,9 @@ class _Artist:
         process, unet = self._built
         images = to_pixels(draw(process, unet, model.spec.data.image_size, settings, indices))[:count]
         indices = indices[:count]
-        notes = [{"seed": settings.seed, "index": i, **_label_of(unet, i)} for i in indices]
+        notes: list[dict[str, int]] = [{"seed": settings.seed, "index": i} for i in indices]
+        if (labels := labels_of(unet, indices)) is not None:
+            notes = [{**note, "label": label} for note, label in zip(notes, labels, strict=True)]
         data = pack([f"{i:09d}" for i in indices], [encode_png(image) for image in images], notes)
         job.shard(chunk).write(data)
         record = {
@@ -152,11 +154,6 @@ class _Artist:
         }
         job.commit_record(chunk).write_json(record)
         return count
-
-
-def _label_of(unet: UNet, index: int) -> dict[str, int]:
-    label = label_of(unet, index)
-    return {} if label is None else {"label": label}
 
 
 def sample_job(

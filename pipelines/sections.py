@@ -8,6 +8,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 """Of a spec, its runs and its registered model: what is safe in paths, URIs and filters."""
 
+_SNAPSHOTS = 16
+"""Of the power-function averages of a run, by default: of two widths, an average of one between them is then made to
+within 1 %."""
+_MOST_SNAPSHOTS = 1000
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -186,8 +191,11 @@ class Train(Section):
     ema_half_life: PositiveInt = 20_000
     """Images after which a weight counts half in the moving average."""
     ema_profiles: list[Annotated[float, Field(gt=0, lt=0.288)]] = []
-    """Widths (sigma_rel) of power-function averages kept beside it, say [0.05, 0.1]: of their snapshots at every
-    checkpoint, an average of any other length is made after training, see `sample.ema_length`."""
+    """Widths (sigma_rel) of power-function averages kept beside it, say [0.05, 0.1]: of their snapshots, an average of
+    any other length is made after training, see `sample.ema_length`."""
+    ema_snapshot_every: PositiveInt | None = None
+    """Images between these snapshots, each at the first whole batch; part of the run's identity. By default a 16th of
+    `images`, with which a longer run is another run."""
     init_from: str | None = None
     """Folder of the first weights: a checkpoint, whose average is taken, or one of diffusers' DDPMPipeline."""
 
@@ -201,9 +209,32 @@ class Train(Section):
             raise ValueError(f"train.workers: {self.workers} does not divide train.slots = {self.slots}")
         return self
 
+    @model_validator(mode="after")
+    def _snapshots_are_few(self) -> "Train":
+        if (count := len(self.snapshot_steps(self.total_steps))) > _MOST_SNAPSHOTS:
+            raise ValueError(
+                f"train.ema_snapshot_every: {self.ema_snapshot_every} images make {count:,} snapshots, "
+                f"more than the {_MOST_SNAPSHOTS} that are of any use; raise it"
+            )
+        return self
+
     @property
     def total_steps(self) -> int:
         return -(-self.images // self.global_batch)
+
+    @property
+    def snapshot_every(self) -> int:
+        """Images between the snapshots of `ema_profiles`."""
+        return self.ema_snapshot_every or -(-self.total_steps // _SNAPSHOTS) * self.global_batch
+
+    def snapshot_steps(self, last: int) -> list[int]:
+        """The steps up to `last` after which a snapshot of `ema_profiles` is kept, rising: on the clock of images, so
+        that neither checkpoints nor stops move them.
+        """
+        if not self.ema_profiles:
+            return []
+        batch, every = self.global_batch, self.snapshot_every
+        return [step for step in range(1, last + 1) if step * batch // every > (step - 1) * batch // every]
 
 
 class Sample(Section):

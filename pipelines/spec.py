@@ -30,6 +30,7 @@ from pipelines.sections import (
     Tracking,
     Train,
 )
+from pipelines.unused import warn_without_effect
 
 
 class Spec(Section):
@@ -64,6 +65,11 @@ class Spec(Section):
             raise ValueError(f"sample.eta: belongs to the ddim sampler, {sample.sampler} has none; leave it out")
         if sample.dynamic_threshold is not None and not sample.clip_x0:
             raise ValueError("sample.dynamic_threshold: it says where to clip, but sample.clip_x0 is off")
+        if self.model.classes is not None and not self.model.null_class and self.train.label_dropout:
+            raise ValueError(
+                f"train.label_dropout: {self.train.label_dropout:g} of the labels are to be hidden, which "
+                "model.null_class, being off, leaves nothing for: set it to 0, or model.null_class to true"
+            )
         if sample.guidance != 1 and (self.model.classes is None or not self.train.label_dropout):
             raise ValueError("sample.guidance: it needs model.classes, and train.label_dropout above 0")
         if (bits := self.evaluate.bits_timesteps) > timesteps:
@@ -102,7 +108,7 @@ class Spec(Section):
         """The fields that decide a run's weights, but for how long it trains: with the dataset, its identity.
 
         Where and by how many workers it runs is not among them; `train.images` is not, because nothing before the
-        end depends on it.
+        end depends on it, but for where snapshots of `train.ema_profiles` are kept if nothing else says so.
         """
         spec = self.model_dump(mode="json")
         train = spec["train"]
@@ -116,6 +122,9 @@ class Spec(Section):
             "log_every",
         ):
             del train[name]
+        del train["ema_snapshot_every"]
+        if self.train.ema_profiles:
+            train["ema_snapshot_every"] = self.train.snapshot_every
         data = {"window": self.data.window, "flip": self.data.flip}
         return {
             "seed": self.seed,
@@ -127,7 +136,8 @@ class Spec(Section):
 
 
 def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = (), resolve: bool = True) -> Spec:
-    """Read and validate a spec file; each override is `a.b=c` with c in YAML. UserError names field and fix.
+    """Read and validate a spec file; each override is `a.b=c` with c in YAML. UserError names field and fix, and a
+    warning each option that has no effect.
 
     Relative paths are resolved here, once, against the working directory, unless `resolve` is off.
     """
@@ -144,6 +154,7 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = (), resol
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a spec is a mapping of fields, starting with `name: ...`")
     spec = parse_spec(apply_overrides(fields, overrides), origin=str(path))
+    warn_without_effect(spec)
     return resolve_paths(spec) if resolve else spec
 
 
@@ -187,6 +198,13 @@ def _check_buildable(spec: Spec, origin: str) -> None:
             build()
         except (ValueError, ArithmeticError) as error:
             raise UserError(f"{origin}: {field}: {error}") from None
+    if (length := spec.sample.ema_length) is not None:
+        from pipelines.averages import recipe
+
+        try:
+            recipe(spec.train, spec.train.total_steps, length)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from None
 
 
 def dump_spec(spec: Spec) -> str:

@@ -27,6 +27,7 @@ from pipelines.store import Place, identity
 from pipelines.train.loop import LIVE
 from pipelines.train.run import Run, check_trainable, training_identity
 from pipelines.trial import CLOCK, METRIC, run_trial
+from pipelines.unused import warn_without_effect, without_effect
 
 _OF_TRAINING = tuple(
     f"train.{name}" for name in ("learning_rate", "warmup_images", "weight_decay", "grad_clip", "ema_half_life")
@@ -60,6 +61,7 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
     trials = trial_specs(spec)
     for _, trial in trials:
         check_trainable(trial, dataset)
+        warn_without_effect(trial, said=without_effect(spec))
     inputs = {
         "name": spec.name,
         "dataset": dataset.digest,

@@ -1,5 +1,7 @@
 """The spec: what is read is what was written, and each mistake is one line that names field and fix."""
 
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,8 @@ def test_a_written_spec_is_the_spec_also_where_nothing_is_meant() -> None:
         ("data=3", "data: fields are needed here (name: value), not 3"),
         ("name=../up", "name: "),
         ("model.attention=[5]", "model.attention: there is no level 5"),
+        ("model={channels: [16, 16], groups: 8, classes: 10, null_class: false}", "train.label_dropout: 0.1 of the"),
+        ("sample.guidance=2.0", "sample.guidance: it needs model.classes, and train.label_dropout above 0"),
     ],
 )
 def test_a_mistake_is_one_line_naming_field_and_fix(tmp_path: Path, override: str, message: str) -> None:
@@ -63,6 +67,52 @@ def test_a_mistake_is_one_line_naming_field_and_fix(tmp_path: Path, override: st
         load_spec(path, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_classes_alone_hides_no_label_and_is_not_guided() -> None:
+    model = {"channels": [16, 16], "groups": 8, "classes": 10, "null_class": False}
+    assert tiny_spec(model=model, train__label_dropout=0.0).model.classes == 10
+    with pytest.raises(UserError, match=r"sample\.guidance: it needs"):
+        tiny_spec(model=model, train__label_dropout=0.0, sample__guidance=2.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.label_dropout=0.2"], "train.label_dropout: has no effect without model.classes"),
+        (["model.null_class=false"], "model.null_class: has no effect without model.classes"),
+        (["model.head_channels=8"], "model.head_channels: has no effect without model.attention or model.mid_atten"),
+        (["train.ema_profiles=[0.1, 0.05, 0.1]"], "train.ema_profiles: 0.1 is there more than once"),
+        (["train.ema_snapshot_every=64"], "train.ema_snapshot_every: has no effect without train.ema_profiles"),
+        (["diffusion.variance=large"], "diffusion.variance: large has no effect on samples by ddim"),
+        (["diffusion.variance=large", "sample.sampler=dpmpp_2m"], "large has no effect on samples by dpmpp_2m"),
+        (["diffusion.variance=learned_range", "train.loss=hybrid"], "learned_range has no effect on samples by ddim"),
+    ],
+)
+def test_an_option_without_effect_is_said(tmp_path: Path, overrides: list[str], message: str) -> None:
+    path = write_spec(tmp_path / "spec.yaml")
+    with pytest.warns(UserWarning, match=re.escape(message)) as caught:
+        spec = load_spec(path, overrides)
+    assert len(caught) == 1
+    assert parse_spec(yaml.safe_load(dump_spec(spec))) == spec
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.classes=10", "train.label_dropout=0.2"],
+        ["model.head_channels=8", "model.mid_attention=true"],
+        ["train.ema_profiles=[0.05, 0.1]", "train.ema_snapshot_every=64"],
+        ["diffusion.variance=large", "sample.sampler=ancestral"],
+    ],
+)
+def test_an_option_with_an_effect_is_not(tmp_path: Path, overrides: list[str]) -> None:
+    path = tmp_path / "recorded.yaml"
+    path.write_text(dump_spec(load_spec(write_spec(tmp_path / "spec.yaml"), overrides)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_spec(path)
 
 
 def test_missing_field_missing_file_and_no_yaml(tmp_path: Path) -> None:

@@ -52,7 +52,9 @@ def test_a_grid_is_ranked_by_held_out_bits_and_its_winner_is_a_spec(
     cluster: Cluster, session: Session, tmp_path: Path
 ) -> None:
     parameters = {"train.learning_rate": [DIVERGES, POOR, GOOD], "diffusion.schedule": [SCHEDULE]}
-    spec = sweep_spec(parameters, {"grad_clip": None}, concurrent=2)
+    spec = sweep_spec(parameters, {"grad_clip": None, "ema_profiles": [0.05, 0.1]}, concurrent=2)
+    # Of this length there is no good average on the way, which is no reason to break off.
+    spec = spec.model_copy(update={"sample": spec.sample.model_copy(update={"ema_length": 0.2})})
     outputs = run_sweep(spec, session)
     best, worst, diverged = outputs["ranking"]
     assert best["parameters"] == {"train.learning_rate": GOOD, "diffusion.schedule": SCHEDULE}

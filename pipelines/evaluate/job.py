@@ -11,7 +11,7 @@ from pipelines.data.pixels import to_pixels
 from pipelines.data.reader import Reader
 from pipelines.drawing import Settings, draw
 from pipelines.errors import UserError
-from pipelines.evaluate.evaluate import REPLICATES, SPLITS, bits_score, estimate_bits, frechet_score
+from pipelines.evaluate.evaluate import HELD_OUT, REPLICATES, SPLITS, bits_score, estimate_bits, frechet_score
 from pipelines.evaluate.features import FORMAT as FEATURES_FORMAT
 from pipelines.evaluate.features import FeatureNet, train_feature_net
 from pipelines.evaluate.frechet import generator
@@ -154,6 +154,13 @@ def _check_fits(model: Model, dataset: Dataset) -> None:
             f"--against {dataset.place}: images of {dataset.image_size} pixels and {dataset.channels} channels, "
             f"the model draws {data.image_size} and {data.channels}"
         )
+    if (classes := model.spec.model.classes) not in (None, len(dataset.classes)):
+        raise UserError(
+            f"--against {dataset.place}: images of {len(dataset.classes)} classes, the model knows {classes}; "
+            "name the dataset it was trained on, or one with the same classes"
+        )
+    if classes is not None and dataset.card["splits"][HELD_OUT]["unlabelled"]:
+        raise UserError(f"--against {dataset.place}: some held-out images have no label, which this model needs")
 
 
 def _feature_place(dataset: Dataset, evaluate: Evaluate, store: Place) -> Place:

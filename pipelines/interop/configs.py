@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import pydantic
 import torch
 from pydantic import Field, PositiveInt
+from torch import Tensor
 
 from ddpm_core import NoiseSchedule, UNetConfig
 from pipelines.errors import UserError
@@ -243,10 +244,15 @@ class SchedulerFile(_File):
 def _from_betas(betas: list[float]) -> NoiseSchedule:
     if betas[-1] != 1 or len(betas) == 1:
         return NoiseSchedule.from_betas(betas)
-    # The last step leaves nothing. A schedule gets there by rescaling; of one that all but does, nothing else moves.
     alpha_bar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
-    alpha_bar[-1] = 1e-30 * alpha_bar[-2]
-    return NoiseSchedule.from_alpha_bars(alpha_bar).rescale_zero_terminal()
+    return NoiseSchedule.from_alpha_bars(all_but_zero_terminal(alpha_bar)).rescale_zero_terminal()
+
+
+def all_but_zero_terminal(alpha_bar: Tensor) -> Tensor:
+    """Of alpha_bar [T] that ends at 0, where a schedule gets by rescaling alone: one that rescaling brings there, and
+    leaves as it is but for a hair.
+    """
+    return torch.cat((alpha_bar[:-1], 1e-30 * alpha_bar[-2:-1]))
 
 
 def dump(file: UNetFile | SchedulerFile) -> bytes:

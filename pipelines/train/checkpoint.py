@@ -45,7 +45,7 @@ class Checkpoints:
     def __init__(self, place: Place) -> None:
         self.place = place
         self.snapshots = Place(place.path.parent) / "ema"
-        """Every checkpoint's power-function averages, never thinned out: any length is made of them afterwards."""
+        """Power-function averages, never thinned out: of them, any length is made afterwards."""
 
     def at(self, step: int) -> Place:
         return self.place / f"{step:09d}"
@@ -69,9 +69,6 @@ class Checkpoints:
             **({PROFILES: _tensors(_flattened(checkpoint.profiles))} if checkpoint.profiles else {}),
             STATE: (json.dumps(state, indent=2, sort_keys=True) + "\n").encode(),
         }
-        if checkpoint.profiles:  # first: after a kill between the two, the step is made again
-            snapshot = {PROFILES: files[PROFILES], STATE: files[STATE]}
-            (self.snapshots / f"{checkpoint.step:09d}").commit_folder(snapshot)
         self.at(checkpoint.step).commit_folder(files)
         # Only what this one supersedes: a later one that was passed over as damaged is not a reason to lose it.
         pinned = set((self.place / _PINS).list())
@@ -79,14 +76,23 @@ class Checkpoints:
             if str(step) not in pinned:
                 self.at(step).remove()
 
-    def snapshot(self, step: int) -> tuple[int, dict[float, dict[str, Tensor]]]:
-        """Images seen at a step, and its power-function averages by sigma_rel."""
-        files = (self.snapshots / f"{step:09d}").read_folder()
-        return json.loads(files[STATE])["images"], profiles_of(files[PROFILES])
+    def save_snapshot(self, step: int, profiles: Mapping[float, Mapping[str, Tensor]]) -> None:
+        """Commit the power-function averages of a step: the same bits whoever does, and however often."""
+        (self.snapshots / f"{step:09d}").commit_folder({PROFILES: _tensors(_flattened(profiles))})
+
+    def snapshot(self, step: int) -> dict[float, dict[str, Tensor]]:
+        """The power-function averages of a step, by sigma_rel. DamageError where they are missing or damaged."""
+        return profiles_of((self.snapshots / f"{step:09d}").read_folder(PROFILES)[PROFILES])
 
     def snapshot_steps(self) -> list[int]:
         """Steps whose power-function averages are kept, rising."""
         return sorted(int(n) for n in self.snapshots.list() if n.isdigit())
+
+    def profiles(self, step: int) -> dict[float, dict[str, Tensor]]:
+        """The power-function averages in a step's checkpoint, by sigma_rel; none where none are kept."""
+        if PROFILES not in self.digests(step):
+            return {}
+        return profiles_of(self.at(step).read_folder(PROFILES)[PROFILES])
 
     def pin(self, step: int) -> None:
         """Keep a step's checkpoint for good: some run's end, which a longer run must not thin out."""

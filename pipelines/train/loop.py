@@ -66,9 +66,12 @@ def train(
     """
     torch.set_num_threads(spec.train.threads)
     trainer = Trainer(spec, dataset, run, world or World())
+    snapshots = frozenset(spec.train.snapshot_steps(spec.train.total_steps))
     with trainer.stream() as stream:
         while trainer.step < spec.train.total_steps:
             trainer.take_step(stream)
+            if trainer.step in snapshots:
+                trainer.save_snapshot()
             if trainer.step % spec.train.checkpoint_every == 0 or trainer.step == spec.train.total_steps:
                 trainer.save()
                 if at_checkpoint is not None:
@@ -142,7 +145,9 @@ class Trainer:
             self._log()
 
     def _slot(self, slot: int, images: Any, labels: Any) -> Tensor:
-        """Forward and backward of one slot; its statistics, float64 [1 + 2 * quartiles]: loss, then sums and counts."""
+        """Forward and backward of one slot; its statistics, float64 [1 + 2 * quartiles]: loss, then by quartile of the
+        log-SNR the sums of losses and of what they count, so that the means are those over timesteps alike.
+        """
         seed, step, n = self.spec.seed, self.step, len(images)
         x0 = to_model(images)
         if self.spec.data.flip:
@@ -156,9 +161,9 @@ class Trainer:
         last = slot == self.owned[-1]
         if self.world.size > 1 and not last:
             with self._module.no_sync():
-                losses = self._backward(x0, t, eps, shown)
+                losses, weights = self._backward(x0, t, eps, shown)
         else:
-            losses = self._backward(x0, t, eps, shown)
+            losses, weights = self._backward(x0, t, eps, shown)
         if not last:
             self._gradients.add()
         elif self.world.size == 1:
@@ -168,7 +173,7 @@ class Trainer:
         quartile = torch.bucketize(self.process.schedule.log_snr[t - 1], self._boundaries)
         sums = torch.zeros(2, _QUARTILES, dtype=torch.float64)
         sums[0].index_add_(0, quartile, losses)
-        sums[1].index_add_(0, quartile, torch.ones_like(losses))
+        sums[1].index_add_(0, quartile, weights)
         return torch.cat((losses.mean()[None], sums.flatten()))
 
     def _timesteps(self, slot: int, n: int) -> Tensor:
@@ -185,15 +190,19 @@ class Trainer:
         uniforms = noise.uniform(keys, len(labels))[0]
         return dropped(torch.as_tensor(labels, dtype=torch.int64), uniforms, self.spec.train.label_dropout, classes)
 
-    def _backward(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None) -> Tensor:
+    def _backward(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The losses of the images as they count, and how much they count: float64 [N] both."""
+
         def network(x_t: Tensor, timestep: Tensor) -> Tensor:
             return self._module(x_t, timestep) if labels is None else self._module(x_t, timestep, labels)
 
         losses = self._loss(self.process, network, x0, t, eps)
+        weights = torch.ones(len(losses), dtype=torch.float64)
         if self._density is not None:
-            losses = losses * timesteps.importance(self._density, t).to(losses)
+            weights = timesteps.importance(self._density, t)
+            losses = losses * weights.to(losses)
         losses.mean().backward()
-        return losses.detach().double()
+        return losses.detach().double(), weights
 
     def _learning_rate(self) -> float:
         warm = self.spec.train.warmup_images
@@ -251,12 +260,21 @@ class Trainer:
         """Commit the journal's segment, then the checkpoint (rank 0 writes, nobody waits)."""
         self._log()
         if self.world.rank == 0:
-            if self.run.newest_attempt() > self.attempt:
-                raise RuntimeError(f"attempt {self.attempt} of run {self.run.name} was superseded: it writes no more")
+            self._check_newest()
             self.run.journal.commit(self.attempt, self._rows)
             checkpoint = self.state.checkpoint({**environment(), "threads": self.spec.train.threads})
             self.run.checkpoints.save(checkpoint, keep=self.spec.train.keep_checkpoints)
         self._rows.clear()
+
+    def save_snapshot(self) -> None:
+        """Keep the power-function averages of this step (rank 0 writes, nobody waits)."""
+        if self.world.rank == 0:
+            self._check_newest()
+            self.run.checkpoints.save_snapshot(self.step, self.state.profiles())
+
+    def _check_newest(self) -> None:
+        if self.run.newest_attempt() > self.attempt:
+            raise RuntimeError(f"attempt {self.attempt} of run {self.run.name} was superseded: it writes no more")
 
     def stream(self) -> SlotStream:
         """The images of the owned slots from this step on."""

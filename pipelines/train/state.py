@@ -57,9 +57,13 @@ class State:
             model=self._named(self.weights.detach()),
             ema=self._named(self._ema.tensors[0]),
             optimizer={k: v for m in moments for k, v in self._named(self._moments[m], f"{m}.").items()},
-            profiles={width: self._named(average.tensors[0]) for width, average in self._profiles.items()},
+            profiles=self.profiles(),
             environment=environment,
         )
+
+    def profiles(self) -> dict[float, dict[str, Tensor]]:
+        """The power-function averages by their sigma_rel."""
+        return {width: self._named(average.tensors[0]) for width, average in self._profiles.items()}
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:

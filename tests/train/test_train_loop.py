@@ -15,6 +15,7 @@ from pipelines.data.manifest import Dataset
 from pipelines.data.order import slot_positions
 from pipelines.data.reader import Reader
 from pipelines.errors import Failed
+from pipelines.models import of_checkpoint
 from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.train.loop import Outcome, Trainer, World, train, train_from_config
@@ -51,15 +52,31 @@ def keyed_spec(**overrides: Any) -> Spec:
     return tiny_spec(**{**keyed, **overrides})
 
 
+def conditional_spec(**overrides: Any) -> Spec:
+    """What else is drawn or summed: hidden labels, timesteps by importance, the bound; and averages of any length."""
+    options: dict[str, Any] = {
+        "model__classes": 10,
+        "diffusion__variance": "learned_range",
+        "train__loss": "hybrid",
+        "train__timesteps": "importance",
+        "train__label_dropout": 0.3,
+        "train__ema_profiles": [0.05, 0.1],
+        "train__images": 320,
+        "sample__ema_length": 0.08,
+    }
+    return keyed_spec(**{**options, **overrides})
+
+
 def make_run(spec: Spec, dataset: Dataset, store: Path) -> Run:
     run = Run.of(spec, dataset.digest, Place.of(store))
     run.describe(spec, dataset.digest)
     return run
 
 
-def _rank(rank: int, size: int, config: dict[str, object], folder: str) -> None:
+def _rank(rank: int, size: int, configs: list[dict[str, object]], folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    train_from_config(config, World(rank, size))
+    for config in configs:
+        train_from_config(config, World(rank, size))
     dist.destroy_process_group()
 
 
@@ -85,13 +102,24 @@ def assert_same_bits(run: Run, other: Run, step: int) -> None:
 def test_two_workers_make_the_same_bits_as_one(
     dataset: Dataset, undisturbed: tuple[Run, Outcome], tmp_path: Path
 ) -> None:
-    spec = keyed_spec(train__workers=2)
-    run = make_run(spec, dataset, tmp_path)
-    config = {"spec": spec.model_dump(mode="json"), "dataset": str(dataset.place), "run": str(run.place)}
-    torch.multiprocessing.spawn(_rank, (2, config, str(tmp_path)), nprocs=2)
+    specs = [keyed_spec(train__workers=2), conditional_spec(train__workers=2, train__checkpoint_every=3)]
+    runs = [make_run(spec, dataset, tmp_path) for spec in specs]
+    configs = [
+        {"spec": spec.model_dump(mode="json"), "dataset": str(dataset.place), "run": str(run.place)}
+        for spec, run in zip(specs, runs, strict=True)
+    ]
+    torch.multiprocessing.spawn(_rank, (2, configs, str(tmp_path)), nprocs=2)
     alone, outcome = undisturbed
-    assert run.name == alone.name
-    assert_same_bits(run, alone, outcome.step)
+    assert runs[0].name == alone.name
+    assert_same_bits(runs[0], alone, outcome.step)
+
+    alone = make_run(conditional_spec(), dataset, tmp_path / "alone")
+    outcome = train(conditional_spec(), dataset, alone)
+    assert runs[1].name == alone.name
+    assert_same_bits(runs[1], alone, outcome.step)
+    averages = [of_checkpoint(run, outcome.step) for run in (runs[1], alone)]
+    assert averages[0].average.startswith("power function, sigma_rel 0.08")
+    assert averages[0].weights == averages[1].weights
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(

@@ -1,5 +1,6 @@
 """What may be trained beside the plain model: classes, a learned variance, averages of any length, others' weights."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pipelines.build import build_model
 from pipelines.cluster import Cluster
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
@@ -15,7 +17,7 @@ from pipelines.drawing import Settings, draw
 from pipelines.errors import UserError
 from pipelines.evaluate.job import held_out_bits
 from pipelines.interop import export_diffusers
-from pipelines.models import find_model, of_checkpoint
+from pipelines.models import Model, find_model, of_checkpoint
 from pipelines.pipeline import run, run_sweep, run_training
 from pipelines.progress import Progress
 from pipelines.session import open_session
@@ -69,7 +71,6 @@ def test_a_stop_changes_no_bit_of_a_conditional_model_with_learned_variance(data
     }
     rows = [(row.step, row.exact) for row in one.journal.read(10)]
     assert rows == [(row.step, row.exact) for row in two.journal.read(10)]
-    assert one.checkpoints.snapshot_steps() == [5, 10]
 
 
 def test_a_conditional_model_is_drawn_and_scored_by_class(dataset: Dataset, tmp_path: Path) -> None:
@@ -100,12 +101,12 @@ def test_classes_are_those_of_the_dataset(tmp_path: Path) -> None:
 
 def test_an_average_of_another_length_is_made_after_training(dataset: Dataset, tmp_path: Path) -> None:
     """As if it had been kept from the start; it decides how a run is drawn, not what it learns."""
-    fields = {"train__images": 1920, "train__ema_profiles": [0.05, 0.1]}
+    fields = {"train__images": 1920, "train__keep_checkpoints": 12, "train__ema_profiles": [0.05, 0.1]}
     run = trained(tiny_spec(**fields), dataset, tmp_path / "a")
     wanted = tiny_spec(**fields, sample__ema_length=0.07)
     assert Run.of(wanted, dataset.digest, Place.of(tmp_path / "a")).name == run.name
     made = of_checkpoint(run, 60, wanted)
-    assert made.average == "power function, sigma_rel 0.07"
+    assert re.fullmatch(r"power function, sigma_rel 0\.07, its profile met to within 0\.\d%", made.average)
 
     kept = trained(tiny_spec(**{**fields, "train__ema_profiles": [0.07]}), dataset, tmp_path / "b")
     assert kept.checkpoints.digests(60)["model.safetensors"] == run.checkpoints.digests(60)["model.safetensors"]
@@ -120,6 +121,47 @@ def test_an_average_of_another_length_is_made_after_training(dataset: Dataset, t
 
     with pytest.raises(UserError, match=r"make 0\.2 with an error of"):
         of_checkpoint(run, 5, tiny_spec(**fields, sample__ema_length=0.2))  # of the first snapshots alone
+
+
+def test_neither_stops_nor_checkpoints_change_an_average_made_after_training(dataset: Dataset, tmp_path: Path) -> None:
+    """Snapshots are kept at 100, 200, ... images, that is at the first batch of 32 that reaches them."""
+
+    def spec(**train_fields: object) -> Spec:
+        fields = {"ema_profiles": [0.05, 0.1], "ema_snapshot_every": 100, **train_fields}
+        return tiny_spec(train={**tiny_fields()["train"], **fields}, sample={"ema_length": 0.08, "steps": 5})
+
+    undisturbed = trained(spec(), dataset, tmp_path / "a")
+    disturbed = trained(spec(checkpoint_every=3), dataset, tmp_path / "b", stop_at=7 * 32)
+    assert disturbed.name == undisturbed.name
+    pair = (undisturbed, disturbed)
+    assert [each.checkpoints.snapshot_steps() for each in pair] == [[4, 7, 10, 13, 16, 19]] * 2
+    one, two = (of_checkpoint(each, 20) for each in pair)
+    assert one.weights == two.weights
+    assert one.average == two.average
+
+
+def test_where_snapshots_lie_is_part_of_a_run_that_keeps_them(dataset: Dataset, tmp_path: Path) -> None:
+    def name(**train_fields: object) -> str:
+        return Run.of(tiny_spec(train={**tiny_fields()["train"], **train_fields}), dataset.digest, place).name
+
+    place, profiles = Place.of(tmp_path), {"ema_profiles": [0.05, 0.1]}
+    assert name(**profiles) == name(**profiles, checkpoint_every=7, ema_snapshot_every=64), "a 16th of 20 steps is 2"
+    assert name(**profiles) != name(**profiles, ema_snapshot_every=96)
+    assert name(**profiles) != name(**profiles, images=6400), "whose 16th is longer"
+    fixed = {**profiles, "ema_snapshot_every": 96}
+    assert name(**fixed) == name(**fixed, images=6400)
+    assert name() == name(images=6400, ema_snapshot_every=96), "where none are kept"
+
+
+def test_an_average_that_cannot_be_made_is_refused_before_anything_starts() -> None:
+    fields = {"train__images": 1920, "train__ema_profiles": [0.05, 0.1]}
+    tiny_spec(**fields, sample__ema_length=0.03)
+    with pytest.raises(UserError, match=r"sample\.ema_length: snapshots of 0\.05, 0\.1, 15 of each, make 0\.02 with"):
+        tiny_spec(**fields, sample__ema_length=0.02)
+    with pytest.raises(UserError, match=r"sample\.ema_length: snapshots of 0\.05, 0\.1, 1 of each, make 0\.2 with"):
+        tiny_spec(**fields, sample__ema_length=0.2, train__ema_snapshot_every=100_000)
+    with pytest.raises(UserError, match=r"train\.ema_snapshot_every: 1 images make 2,000 snapshots"):
+        tiny_spec(**{**fields, "train__images": 64_000}, train__ema_snapshot_every=1)
 
 
 def test_a_run_goes_on_from_a_model_made_elsewhere(dataset: Dataset, tmp_path: Path) -> None:
@@ -153,3 +195,15 @@ def test_a_diffusers_folder_is_a_model_like_any_other(dataset: Dataset, tmp_path
     settings = Settings.of(found.spec.sample)
     ours, theirs = (draw(*m.build(), 8, settings, range(4)) for m in (model, found))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_of_a_model_of_classes_alone_is_a_model_too(tmp_path: Path) -> None:
+    """It was trained with every label shown, as diffusers has no word for a class that stands for none."""
+    spec = tiny_spec(model={**tiny_fields()["model"], "classes": 10, "null_class": False}, train__label_dropout=0.0)
+    weights = safetensors.torch.save(build_model(spec).state_dict())
+    export_diffusers(Model(spec, weights, "no-data", "test", "none"), tmp_path / "exported")
+    with Cluster(None) as unused:
+        session = open_session(unused, Progress(), spec, str(tmp_path / "store"))
+        found = find_model(str(tmp_path / "exported"), session.store, session.tracker)
+    assert (found.spec.model.classes, found.spec.model.null_class) == (10, False)
+    assert draw(*found.build(), 8, Settings.of(found.spec.sample), range(2)).shape == (2, 1, 8, 8)

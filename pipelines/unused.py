@@ -1,0 +1,65 @@
+"""Options that were given and have no effect: each is said in one line, none is refused.
+
+An option at its default counts as not given: a recorded spec has every default written out.
+"""
+
+import warnings
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from pipelines.sections import Model, Train
+
+if TYPE_CHECKING:
+    from pipelines.spec import Spec
+
+
+def without_effect(spec: "Spec") -> list[str]:
+    """What of a spec changes nothing, because of what else it says."""
+    return [*_of_model(spec.model), *_of_training(spec.train, spec.model), *_of_sampling(spec)]
+
+
+def warn_without_effect(spec: "Spec", said: Collection[str] = ()) -> None:
+    """A warning for each option of a spec that changes nothing, but for those that were `said` before."""
+    for line in without_effect(spec):
+        if line not in said:
+            warnings.warn(line, stacklevel=3)
+
+
+def warn_unused(overrides: Sequence[str], used: Sequence[str], verb: str) -> None:
+    """A warning for each override of a model's spec on which a verb does not depend.
+
+    used: the fields and sections on which it does.
+    """
+    for override in overrides:
+        name = override.partition("=")[0]
+        if not any(f"{name}.".startswith(f"{field}.") for field in used):
+            warnings.warn(f"--set {override}: has no effect on {verb}", stacklevel=3)
+
+
+def _of_model(model: Model) -> list[str]:
+    lines = []
+    if model.head_channels is not None and not model.attention and not model.mid_attention:
+        lines.append("model.head_channels: has no effect without model.attention or model.mid_attention")
+    if model.classes is None and not model.null_class:
+        lines.append("model.null_class: has no effect without model.classes")
+    return lines
+
+
+def _of_training(train: Train, model: Model) -> list[str]:
+    lines = []
+    if model.classes is None and train.label_dropout != Train.model_fields["label_dropout"].default:
+        lines.append("train.label_dropout: has no effect without model.classes")
+    if twice := sorted({width for width in train.ema_profiles if train.ema_profiles.count(width) > 1}):
+        lines.append(f"train.ema_profiles: {twice[0]:g} is there more than once, and kept once")
+    if train.ema_snapshot_every is not None and not train.ema_profiles:
+        lines.append("train.ema_snapshot_every: has no effect without train.ema_profiles")
+    return lines
+
+
+def _of_sampling(spec: "Spec") -> list[str]:
+    variance, sampler = spec.diffusion.variance, spec.sample.sampler
+    if variance == "small" or sampler == "ancestral":
+        return []
+    return [
+        f"diffusion.variance: {variance} has no effect on samples by {sampler}; the ancestral sampler draws with it"
+    ]
