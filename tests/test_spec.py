@@ -45,7 +45,7 @@ def test_a_written_spec_is_the_spec_also_where_nothing_is_meant() -> None:
         ("train.grad_clip=.inf", "train.grad_clip: "),
         ("train.images.x.y=1", "train.images: "),
         ("evaluate.bits_images=1", "evaluate.bits_images: "),
-        ("diffusion.schedule={kind: sigmoid, start: 3.0, end: -3.0}", "diffusion: start < end and tau > 0"),
+        ("diffusion.schedule={kind: sigmoid, start: 3.0, end: -3.0}", "diffusion: finite start < end and tau > 0"),
         ("diffusion={timesteps: 1000, schedule: {kind: linear, beta_end: 0.95}}", "diffusion: alpha_bar must fall"),
         ("diffusion.schedule={kind: cosine, s: 1.0e+300}", "diffusion: "),
         ("model={channels: [7, 7], groups: 7}", "model: the first entry of channels must be even"),
