@@ -187,7 +187,8 @@ class Train(Section):
     timesteps: Literal["uniform", "importance"] = "uniform"
     """How timesteps are drawn; "importance" where the bound is large, each loss divided by what that favours it."""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the labels hidden from a class-conditional model, which is what guidance steers away from."""
+    """Share of the labels hidden from a class-conditional model, which is what guidance steers away from; 0 for one
+    without a null class."""
     ema_half_life: PositiveInt = 20_000
     """Images after which a weight counts half in the moving average."""
     ema_profiles: list[Annotated[float, Field(gt=0, lt=0.288)]] = []
@@ -225,7 +226,7 @@ class Train(Section):
     @property
     def snapshot_every(self) -> int:
         """Images between the snapshots of `ema_profiles`."""
-        return self.ema_snapshot_every or -(-self.total_steps // _SNAPSHOTS) * self.global_batch
+        return self.ema_snapshot_every or -(-self.total_steps * self.global_batch // _SNAPSHOTS)
 
     def snapshot_steps(self, last: int) -> list[int]:
         """The steps up to `last` after which a snapshot of `ema_profiles` is kept, rising: on the clock of images, so

@@ -145,7 +145,7 @@ def test_where_snapshots_lie_is_part_of_a_run_that_keeps_them(dataset: Dataset, 
         return Run.of(tiny_spec(train={**tiny_fields()["train"], **train_fields}), dataset.digest, place).name
 
     place, profiles = Place.of(tmp_path), {"ema_profiles": [0.05, 0.1]}
-    assert name(**profiles) == name(**profiles, checkpoint_every=7, ema_snapshot_every=64), "a 16th of 20 steps is 2"
+    assert name(**profiles) == name(**profiles, checkpoint_every=7, ema_snapshot_every=40), "a 16th of 640"
     assert name(**profiles) != name(**profiles, ema_snapshot_every=96)
     assert name(**profiles) != name(**profiles, images=6400), "whose 16th is longer"
     fixed = {**profiles, "ema_snapshot_every": 96}
@@ -156,8 +156,8 @@ def test_where_snapshots_lie_is_part_of_a_run_that_keeps_them(dataset: Dataset, 
 def test_an_average_that_cannot_be_made_is_refused_before_anything_starts() -> None:
     fields = {"train__images": 1920, "train__ema_profiles": [0.05, 0.1]}
     tiny_spec(**fields, sample__ema_length=0.03)
-    with pytest.raises(UserError, match=r"sample\.ema_length: snapshots of 0\.05, 0\.1, 15 of each, make 0\.02 with"):
-        tiny_spec(**fields, sample__ema_length=0.02)
+    with pytest.raises(UserError, match=r"sample\.ema_length: snapshots of 0\.05, 0\.1, 16 of each, make 0\.015 with"):
+        tiny_spec(**fields, sample__ema_length=0.015)
     with pytest.raises(UserError, match=r"sample\.ema_length: snapshots of 0\.05, 0\.1, 1 of each, make 0\.2 with"):
         tiny_spec(**fields, sample__ema_length=0.2, train__ema_snapshot_every=100_000)
     with pytest.raises(UserError, match=r"train\.ema_snapshot_every: 1 images make 2,000 snapshots"):
