@@ -265,8 +265,9 @@ def _from_betas(betas: list[float]) -> NoiseSchedule:
 
 
 def before_rescaling(alpha_bar: Tensor) -> Tensor:
-    """What `rescale_zero_terminal` makes such a zero-terminal alpha_bar of: a schedule gets to 0 by rescaling alone, and
-    where all but nothing is left at T, rescaling moves nothing else by more than a hair.
+    """Of what `rescale_zero_terminal` makes this zero-terminal alpha_bar [T].
+
+    A schedule gets to 0 by rescaling alone; where next to nothing is left at T, that moves nothing else but for a hair.
     """
     return torch.cat((alpha_bar[:-1], 1e-30 * alpha_bar[-2:-1]))
 
