@@ -86,9 +86,10 @@ def export_diffusers(model: "Model", out: str | os.PathLike[str]) -> dict[str, s
 def write_diffusers(portable: Portable, out: str | os.PathLike[str]) -> dict[str, str]:
     """Write the folder `out`, whole or not at all; returns the sha256 of each file in it.
 
-    UserError for predict "mean", which the format cannot say, and for what is there already and no empty folder. Nor
-    can it say sampler, steps, eta and guidance: diffusers' own pipeline draws by ancestral sampling. It loads a
-    network with classes too, but gives it no labels; UNet2DModel itself takes them, as `class_labels`.
+    UserError for predict "mean", which the format cannot say, for a schedule of which diffusers would draw NaN, and for
+    what is there already and no empty folder. Sampler, steps, eta and guidance are not said: the DDPMPipeline that is
+    written draws by ancestral sampling. It loads a network with classes too, but gives it no labels; UNet2DModel
+    itself takes them, as `class_labels`.
     """
     config = portable.config
     scheduler = SchedulerFile.of(
