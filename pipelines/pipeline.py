@@ -13,7 +13,7 @@ from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.steps import Done, Step, Steps
 from pipelines.store import Place, identity, sha256
-from pipelines.train.run import Run, check_trainable, training_identity
+from pipelines.train.run import Run, check_trainable, run_name, training_identity
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,19 @@ def ingest_step(spec: Spec, session: Session) -> Step:
 
 
 def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
-    """The U-Net learns. UserError where it cannot learn from these images."""
+    """The U-Net learns. UserError where it cannot learn from these images, or from its first weights."""
     check_trainable(spec, dataset)
+    fields = training_identity(spec)
+    named = run_name(spec, dataset.digest, fields["train"]["init_from"])
 
     def work() -> dict[str, Any]:
         from pipelines.train.driver import train
 
         done = train(spec, dataset, session.store, session.cluster, session.tracker, session.progress)
+        if done.run != named:  # or the step would be remembered as what another run is the result of
+            raise UserError(
+                f"train.init_from: the weights in {spec.train.init_from} were changed at the start; try again"
+            )
         images = done.step * spec.train.global_batch
         return {**asdict(done), "summary": f"{images:,} images in {done.step:,} steps, run {done.run}"}
 
@@ -173,7 +179,7 @@ def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
         name="train",
         version=1,
         inputs={
-            **training_identity(spec),
+            **fields,
             "dataset": dataset.digest,
             "steps": spec.train.total_steps,
             "name": spec.name,

@@ -34,7 +34,7 @@ _Pair = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 
 
 class _File(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     diffusers_version: str = Field(VERSION, alias="_diffusers_version")
 
@@ -100,7 +100,7 @@ class UNetFile(_File):
                 "norm_eps": config.norm_eps,
                 "add_attention": config.mid_attention,
                 "num_class_embeds": config.label_count or None,
-                "null_class": config.num_classes if has_null else None,
+                "_null_class": config.num_classes if has_null else None,
             }
         )
 
@@ -191,6 +191,7 @@ class SchedulerFile(_File):
             )
         if schedule.original_timesteps[-1] != schedule.timesteps:
             raise UserError("the diffusers format holds the schedule that was trained on, not a respaced one")
+        _check_drawable(schedule, predict)
         threshold: dict[str, Any] = {}
         if dynamic_threshold is not None:
             threshold = {"dynamic_thresholding_ratio": dynamic_threshold, "sample_max_value": _NO_CAP}
@@ -241,16 +242,32 @@ class SchedulerFile(_File):
         return schedule.rescale_zero_terminal() if self.rescale_betas_zero_snr else schedule
 
 
+def _check_drawable(schedule: NoiseSchedule, predict: str) -> None:
+    """UserError where diffusers, which has alpha_bar in float32, would draw NaN.
+
+    Zero at T alone, as in a zero-terminal schedule, does no harm to x0 and v. For eps it divides by its root; and of
+    two timesteps with a zero, it divides one by the other.
+    """
+    gone = ((1 - schedule.beta.float()).cumprod(0) == 0).nonzero().flatten() + 1
+    if len(gone) > 1 or (len(gone) and predict == "eps"):
+        remedy = "keep more signal at the end" if len(gone) > 1 else "predict v or x0, or keep more signal at T"
+        raise UserError(
+            f"diffusion.schedule: alpha_bar from t = {gone[0]} on is 0 in float32, which is what diffusers computes "
+            f"in: with diffusion.predict {predict} it would draw NaN; {remedy}"
+        )
+
+
 def _from_betas(betas: list[float]) -> NoiseSchedule:
     if betas[-1] != 1 or len(betas) == 1:
         return NoiseSchedule.from_betas(betas)
     alpha_bar = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
-    return NoiseSchedule.from_alpha_bars(all_but_zero_terminal(alpha_bar)).rescale_zero_terminal()
+    return NoiseSchedule.from_alpha_bars(before_rescaling(alpha_bar)).rescale_zero_terminal()
 
 
-def all_but_zero_terminal(alpha_bar: Tensor) -> Tensor:
-    """Of alpha_bar [T] that ends at 0, where a schedule gets by rescaling alone: one that rescaling brings there, and
-    leaves as it is but for a hair.
+def before_rescaling(alpha_bar: Tensor) -> Tensor:
+    """Of what `rescale_zero_terminal` makes this zero-terminal alpha_bar [T].
+
+    A schedule gets to 0 by rescaling alone; where next to nothing is left at T, that moves nothing else but for a hair.
     """
     return torch.cat((alpha_bar[:-1], 1e-30 * alpha_bar[-2:-1]))
 

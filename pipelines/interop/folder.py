@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 _CONFIG, _SCHEDULER = "config.json", "scheduler_config.json"
+_PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+_COMPONENTS = {"unet": ("UNet2DModel",), "scheduler": ("DDPMScheduler", "DDIMScheduler")}
+_DDIM_STEPS = 50
+"""That DDIMPipeline takes where it is not told; of DDPMPipeline it is 1000, which are all of the usual schedule."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +47,10 @@ class Portable:
     clip_x0: bool = True
     dynamic_threshold: float | None = None
     spacing: str = "leading"
+    sampler: str = "ancestral"
+    """That its own pipeline draws by; "ddim" is meant with eta 0. Read, not written."""
+    steps: int | None = None
+    """That its own pipeline takes where it is not told; None for every timestep. Read, not written."""
 
     def process(self) -> GaussianDiffusion:
         """The diffusion process; ValueError where schedule, prediction and variance do not go together."""
@@ -78,9 +86,10 @@ def export_diffusers(model: "Model", out: str | os.PathLike[str]) -> dict[str, s
 def write_diffusers(portable: Portable, out: str | os.PathLike[str]) -> dict[str, str]:
     """Write the folder `out`, whole or not at all; returns the sha256 of each file in it.
 
-    UserError for predict "mean", which the format cannot say, and for what is there already and no empty folder. Nor
-    can it say sampler, steps, eta and guidance: diffusers' own pipeline draws by ancestral sampling. It loads a
-    network with classes too, but gives it no labels; UNet2DModel itself takes them, as `class_labels`.
+    UserError for predict "mean", which the format cannot say, for a schedule of which diffusers would draw NaN, and for
+    what is there already and no empty folder. Sampler, steps, eta and guidance are not said: the DDPMPipeline that is
+    written draws by ancestral sampling. It loads a network with classes too, but gives it no labels; UNet2DModel
+    itself takes them, as `class_labels`.
     """
     config = portable.config
     scheduler = SchedulerFile.of(
@@ -120,9 +129,7 @@ def read_diffusers(folder: str | os.PathLike[str]) -> Portable:
     those of the configuration. A class embedding without our note of a null class is taken for classes alone.
     """
     root = Path(folder)
-    index = read_json(root / INDEX)
-    if index.get("_class_name") not in ("DDPMPipeline", "DDIMPipeline"):
-        raise UserError(f"{root / INDEX}: _class_name: {index.get('_class_name')} cannot be read, only DDPMPipeline")
+    pipeline, named = _classes(root / INDEX)
     unet_folder, scheduler_folder = (root / n if (root / n).is_dir() else root for n in ("unet", "scheduler"))
     unet_path, scheduler_path = unet_folder / _CONFIG, scheduler_folder / _SCHEDULER
     unet, scheduler = parse(UNetFile, unet_path), parse(SchedulerFile, scheduler_path)
@@ -132,6 +139,8 @@ def read_diffusers(folder: str | os.PathLike[str]) -> Portable:
             f"{scheduler_path}: variance_type: {scheduler.variance_type} does not go with a network of "
             f"{unet.in_channels} channels in and {unet.out_channels} out"
         )
+    scheduler_class = named.get("scheduler", scheduler.class_name)
+    timesteps = scheduler.num_train_timesteps
     portable = Portable(
         config=config,
         weights=read_weights(unet_folder, config),
@@ -142,9 +151,30 @@ def read_diffusers(folder: str | os.PathLike[str]) -> Portable:
         clip_x0=scheduler.clip_sample or scheduler.thresholding,
         dynamic_threshold=told(scheduler_path, scheduler.dynamic_threshold),
         spacing=scheduler.timestep_spacing,
+        sampler="ddim" if "DDIM" in (pipeline + scheduler_class) else "ancestral",
+        steps=min(_DDIM_STEPS, timesteps) if pipeline == "DDIMPipeline" else None,
     )
     told(scheduler_path, portable.process)
     return portable
+
+
+def _classes(path: Path) -> tuple[str, dict[str, str]]:
+    """The pipeline's class of a `model_index.json`, and each component's. UserError for one that cannot be read."""
+    index = read_json(path)
+    if (pipeline := index.get("_class_name")) not in _PIPELINES:
+        raise UserError(f"{path}: _class_name: {pipeline} cannot be read, only {' and '.join(_PIPELINES)}")
+    classes = {}
+    for name, component in index.items():
+        if name.startswith("_"):
+            continue
+        if name not in _COMPONENTS:
+            raise UserError(f"{path}: {name}: is not known here, a {pipeline} has {' and '.join(_COMPONENTS)}")
+        if component not in [["diffusers", known] for known in _COMPONENTS[name]]:
+            given = ".".join(map(str, component)) if isinstance(component, list) else component
+            known = " and ".join(f"diffusers.{each}" for each in _COMPONENTS[name])
+            raise UserError(f"{path}: {name}: {given} cannot be read, only {known}")
+        classes[name] = component[1]
+    return pipeline, classes
 
 
 def _commit(place: Place, files: Mapping[str, bytes]) -> None:

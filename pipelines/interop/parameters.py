@@ -10,8 +10,11 @@ from torch import Tensor
 
 from ddpm_core import UNet, UNetConfig
 from pipelines.errors import UserError
+from pipelines.interop.configs import read_json
 
 WEIGHTS, PICKLE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+SHARDS = f"{WEIGHTS}.index.json"
+"""Beside weights in several files, in place of the one: which tensor is in which."""
 
 _WORDS = {
     "down": "down_blocks",
@@ -35,7 +38,7 @@ _OLD_WORDS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 def parameter_names(config: UNetConfig) -> list[tuple[str, str]]:
     """(name in our UNet, name in diffusers' UNet2DModel) of every parameter of a network."""
-    return [(name, _theirs(name)) for name in _shapes(config)]
+    return [(name, _theirs(name)) for name in parameter_shapes(config)]
 
 
 def dump_weights(config: UNetConfig, weights: Mapping[str, Tensor]) -> bytes:
@@ -45,24 +48,18 @@ def dump_weights(config: UNetConfig, weights: Mapping[str, Tensor]) -> bytes:
 
 
 def read_weights(folder: Path, config: UNetConfig) -> dict[str, Tensor]:
-    """diffusers' safetensors file in a folder as our weights, float32.
+    """diffusers' safetensors in a folder, one file or shards with their index, as our weights, float32.
 
-    UserError where there is none, or a pickle only, and where it does not hold the network of the config.
+    UserError where there are none, or a pickle only, and where they are not those of the network of the config.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        if (folder / PICKLE).is_file():
-            raise UserError(
-                f"{folder / PICKLE}: a pickle can run its author's code and is not read; convert it where you trust "
-                "it, with diffusers: DDPMPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-            )
-        raise UserError(f"{path}: there is no such file, and the weights are read from no other")
-    try:
-        stored = safetensors.torch.load_file(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-    given = {_translated(name, _OLD_WORDS): value for name, value in stored.items()}
-    shapes = _shapes(config)
+    path, stored = _stored(folder)
+    given: dict[str, Tensor] = {}
+    for name, value in stored.items():
+        theirs = _translated(name, _OLD_WORDS)
+        if theirs in given:
+            raise UserError(f"{path}: the tensor {theirs} is there twice, under an old name and under the present one")
+        given[theirs] = value
+    shapes = parameter_shapes(config)
     names = {theirs: ours for ours, theirs in parameter_names(config)}
     if odd := sorted(given.keys() ^ names.keys()):
         problem = "is there, but not in the network of its config" if odd[0] in given else "is missing"
@@ -76,8 +73,49 @@ def read_weights(folder: Path, config: UNetConfig) -> dict[str, Tensor]:
     return {names[theirs]: value.to(torch.float32) for theirs, value in given.items()}
 
 
-def _shapes(config: UNetConfig) -> dict[str, torch.Size]:
-    """The parameters of a network under our names."""
+def _stored(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The tensors under diffusers' names, and the file that says which there are."""
+    path, shards = folder / WEIGHTS, folder / SHARDS
+    if shards.is_file():  # where there are both, diffusers too takes the shards
+        return shards, _sharded(shards)
+    if path.is_file():
+        return path, _tensors(path)
+    if (folder / PICKLE).is_file():
+        raise UserError(
+            f"{folder / PICKLE}: a pickle can run its author's code and is not read; convert it where you trust "
+            "it, with diffusers: DDPMPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    raise UserError(f"{path}: there is no such file, nor {SHARDS}, and the weights are read from no other")
+
+
+def _sharded(index: Path) -> dict[str, Tensor]:
+    """The tensors of the shards that an index names: files beside it, each with just the tensors that it says."""
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise UserError(f"{index}: weight_map: must say in which file each tensor is")
+    found: dict[str, Tensor] = {}
+    for file in sorted(set(placed.values())):
+        if not file.endswith(".safetensors") or file != Path(file).name:
+            raise UserError(f"{index}: weight_map: {file!r} is no safetensors file beside the index")
+        tensors = _tensors(index.with_name(file))
+        if odd := sorted(tensors.keys() ^ {name for name, other in placed.items() if other == file}):
+            problem = "is missing" if odd[0] in placed and odd[0] not in tensors else "is there, but not by the index"
+            raise UserError(f"{index.with_name(file)}: the tensor {odd[0]} {problem}")
+        found |= tensors
+    return found
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def parameter_shapes(config: UNetConfig) -> dict[str, torch.Size]:
+    """The shape of every parameter of a network, under our names."""
     with torch.device("meta"):
         return {name: value.shape for name, value in UNet(config, seed=None).state_dict().items()}
 

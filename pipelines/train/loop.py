@@ -25,7 +25,7 @@ from pipelines.data.reader import Reader, SlotStream
 from pipelines.errors import Failed
 from pipelines.spec import Spec
 from pipelines.store import Place
-from pipelines.train.initial import initial_weights
+from pipelines.train.initial import first_weights
 from pipelines.train.journal import Row
 from pipelines.train.reduce import SlotGradients, tree_sum
 from pipelines.train.run import Run, environment
@@ -299,7 +299,7 @@ class Trainer:
         if step is not None:
             self.state.load(self.run.checkpoints.load(step))
         elif self.spec.train.init_from is not None:
-            self.state.start_from(initial_weights(self.spec.train.init_from))
+            self.state.start_from(first_weights(self.spec, self.dataset.digest, self.run))
 
 
 def _log_snr_quartiles(log_snr: Tensor) -> Tensor:

@@ -36,8 +36,7 @@ class Run:
     @staticmethod
     def of(spec: Spec, dataset_digest: str, store: Place) -> "Run":
         """The run of a spec on a dataset."""
-        fields = {"format": FORMAT, "dataset": dataset_digest, **training_identity(spec)}
-        return Run(store / "runs" / f"{spec.name}-{identity(fields)[:12]}")
+        return Run(store / "runs" / run_name(spec, dataset_digest))
 
     def describe(self, spec: Spec, dataset_digest: str) -> None:
         """Record what the run is: the full spec, the dataset, the environment of its latest driver."""
@@ -87,18 +86,34 @@ class Run:
         return max((int(n) for n in (self.place / "attempts").list()), default=0)
 
 
-def training_identity(spec: Spec) -> dict[str, Any]:
-    """The spec's fields that decide a run's weights, with the first weights' digest in place of where they lie."""
+def run_name(spec: Spec, dataset_digest: str, first_digest: str | None = None) -> str:
+    """The spec's name and a hash of all that decides the weights, for which see `training_identity`."""
+    fields = {"format": FORMAT, "dataset": dataset_digest, **training_identity(spec, first_digest)}
+    return f"{spec.name}-{identity(fields)[:12]}"
+
+
+def training_identity(spec: Spec, first_digest: str | None = None) -> dict[str, Any]:
+    """The spec's fields that decide a run's weights, with the first weights' digest in place of where they lie.
+
+    They are read for it, unless the digest is given. UserError where they cannot be.
+    """
     fields = spec.training_fields()
     if (folder := spec.train.init_from) is not None:
-        from pipelines.train.initial import initial_digest  # loads torch
+        from pipelines.train.initial import read_initial  # loads torch
 
-        fields["train"]["init_from"] = initial_digest(folder)
+        fields["train"]["init_from"] = first_digest or read_initial(folder).digest
     return fields
 
 
 def check_trainable(spec: Spec, dataset: Dataset) -> None:
-    """UserError, before anything starts, where these images are not what the spec can be trained on."""
+    """UserError, before anything starts, where the spec cannot be trained on these images or from its first weights.
+
+    A warning where the first weights were trained to do something else.
+    """
+    if spec.train.init_from is not None:
+        from pipelines.train.initial import check_initial  # loads torch
+
+        check_initial(spec)
     if not len(dataset.split("train")):
         raise UserError("data.held_out: no image is left for training, lower it or add images")
     if (classes := spec.model.classes) is None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from ddpm_core import NoiseSchedule
@@ -17,7 +18,7 @@ from pipelines.errors import UserError
 from pipelines.interop import folder as interop_folder
 from pipelines.interop import read_diffusers, write_diffusers
 from pipelines.store import Place
-from tests.interop.interop_helpers import DIGITS, WEIGHTS, portable, saved, theirs
+from tests.interop.interop_helpers import DIGITS, WEIGHTS, draw, portable, saved, theirs
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,16 @@ UNET, INDEX, SCHED = "unet/config.json", "model_index.json", "scheduler/schedule
 @pytest.mark.parametrize(
     ("file", "fields", "said"),
     [
-        (INDEX, {"_class_name": "LDMPipeline"}, "_class_name: LDMPipeline cannot be read"),
+        (INDEX, {"_class_name": "LDMPipeline"}, "_class_name: LDMPipeline cannot be read, only DDPMPipeline and DDIMP"),
+        (
+            INDEX,
+            {"unet": ["diffusers", "UNet1DModel"]},
+            r"unet: diffusers\.UNet1DModel cannot .* diffusers\.UNet2DModel",
+        ),
+        (INDEX, {"unet": ["elsewhere", "UNet2DModel"]}, r"unet: elsewhere\.UNet2DModel cannot be read"),
+        (INDEX, {"scheduler": ["diffusers", "PNDMScheduler"]}, r"scheduler: diffusers\.PNDMScheduler cannot be read"),
+        (INDEX, {"scheduler": "DDPMScheduler"}, "scheduler: DDPMScheduler cannot be read"),
+        (INDEX, {"vqvae": ["diffusers", "VQModel"]}, "vqvae: is not known here, a DDPMPipeline has unet and scheduler"),
         (UNET, {"_class_name": "UNet2DConditionModel"}, "_class_name: 'UNet2DConditionModel' cannot be honoured"),
         (
             UNET,
@@ -65,6 +75,7 @@ UNET, INDEX, SCHED = "unet/config.json", "model_index.json", "scheduler/schedule
         (UNET, {"sample_size": [8, 16]}, "sample_size: images must be square"),
         (UNET, {"norm_num_groups": 24}, r"config\.json: groups \(24\) must divide"),
         (UNET, {"novelty": 3}, "novelty: a setting that is not known here"),
+        (UNET, {"num_class_embeds": 4, "null_class": 3}, "null_class: a setting that is not known here"),
         (SCHED, {"_class_name": "PNDMScheduler"}, "_class_name: 'PNDMScheduler' cannot"),
         (SCHED, {"beta_schedule": "laplace"}, "beta_schedule: 'laplace' cannot"),
         (SCHED, {"trained_betas": [0.1, 0.2]}, r"trained_betas: num_train_timesteps \(1000\) are needed"),
@@ -128,9 +139,68 @@ def test_weights_of_another_network_are_refused(broken: Path, change: dict[str, 
         read_diffusers(broken)
 
 
+def test_a_tensor_under_both_its_names_is_refused(broken: Path) -> None:
+    saved(broken, theirs(**DIGITS | {"add_attention": True}))
+    given = safetensors.torch.load_file(broken / WEIGHTS)
+    name = "mid_block.attentions.0.to_q.weight"
+    safetensors.torch.save_file({**given, name.replace("to_q", "query"): 2 * given[name]}, broken / WEIGHTS)
+    with pytest.raises(UserError, match=f"the tensor {name} is there twice"):
+        read_diffusers(broken)
+
+
 def test_a_torn_weights_file_is_refused(broken: Path) -> None:
     (broken / WEIGHTS).write_bytes((broken / WEIGHTS).read_bytes()[:-100])
     with pytest.raises(UserError, match="not a whole safetensors file"):
+        read_diffusers(broken)
+
+
+SHARDS = f"{WEIGHTS}.index.json"
+
+
+def test_weights_in_shards_are_read(broken: Path) -> None:
+    whole = read_diffusers(broken).weights
+    unet = UNet2DModel.from_pretrained(broken / "unet")
+    (broken / WEIGHTS).unlink()
+    unet.save_pretrained(broken / "unet", max_shard_size="100KB")
+    assert len(list(broken.glob("unet/*-of-*.safetensors"))) > 2
+    read = read_diffusers(broken).weights
+    assert read.keys() == whole.keys()
+    assert all(torch.equal(read[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("placed", "said"),
+    [
+        (None, "weight_map: must say in which file"),
+        (
+            {"conv_in.bias": "../weights.safetensors"},
+            "'../weights.safetensors' is no safetensors file beside the index",
+        ),
+        ({"conv_in.bias": "/weights.safetensors"}, "'/weights.safetensors' is no safetensors file beside the index"),
+        ({"conv_in.bias": "weights.bin"}, "'weights.bin' is no safetensors file beside the index"),
+        ({"conv_in.bias": "absent.safetensors"}, r"absent\.safetensors: there is no such file"),
+        (
+            {"conv_in.bias": "a.safetensors"},
+            r"a\.safetensors: the tensor conv_in\.weight is there, but not by the index",
+        ),
+        (
+            {"conv_in.bias": "a.safetensors", "conv_in.weight": "a.safetensors", "more": "a.safetensors"},
+            r"a\.safetensors: the tensor more is missing",
+        ),
+        (
+            {"conv_in.bias": "a.safetensors", "conv_in.weight": "a.safetensors"},
+            r"index\.json: the tensor .* is missing",
+        ),
+    ],
+)
+def test_an_index_of_shards_that_is_not_theirs_is_refused(broken: Path, placed: Any, said: str) -> None:
+    given = safetensors.torch.load_file(broken / WEIGHTS)
+    for folder in (broken, broken / "unet"):  # one that could be read, outside
+        safetensors.torch.save_file({"conv_in.bias": given["conv_in.bias"]}, folder / "weights.safetensors")
+    two = {name: given[name] for name in ("conv_in.bias", "conv_in.weight")}
+    safetensors.torch.save_file(two, broken / "unet/a.safetensors")
+    (broken / SHARDS).write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(UserError, match=said):
         read_diffusers(broken)
 
 
@@ -146,7 +216,49 @@ def test_what_the_format_cannot_say_is_refused(tmp_path: Path) -> None:
         write_diffusers(portable(predict="mean"), tmp_path / "out")
     with pytest.raises(UserError, match="not a respaced one"):
         write_diffusers(portable(schedule=NoiseSchedule.linear().respace(10)), tmp_path / "out")
+    with pytest.raises(UserError, match=r"alpha_bar from t = 50 on is 0 in float32, .*predict eps .*; predict v or x0"):
+        write_diffusers(portable(schedule=NOTHING_AT_T), tmp_path / "out")
+    with pytest.raises(UserError, match=r"alpha_bar from t = 3\d on is 0 in float32, .*predict v .*; keep more signal"):
+        write_diffusers(portable(predict="v", schedule=NOTHING_LONG_BEFORE), tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+NOTHING_AT_T = NoiseSchedule.from_rates(50, 1e-25, 0.99)
+NOTHING_LONG_BEFORE = NoiseSchedule.from_alpha_bars(torch.logspace(-0.01, -60, 50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "is_drawn"),
+    [
+        (NOTHING_AT_T, "epsilon", False),
+        (NOTHING_AT_T, "v_prediction", True),
+        (NOTHING_AT_T, "sample", True),
+        (NOTHING_LONG_BEFORE, "v_prediction", False),
+        (NOTHING_LONG_BEFORE, "sample", False),
+    ],
+)
+def test_diffusers_draws_nan_just_where_an_export_is_refused(
+    schedule: NoiseSchedule, prediction: str, is_drawn: bool, tmp_path: Path
+) -> None:
+    scheduler = DDPMScheduler(
+        50,
+        trained_betas=schedule.beta.tolist(),
+        prediction_type=prediction,
+        clip_sample=False,
+        variance_type="fixed_large",
+    )
+    scheduler.set_timesteps(50)
+    x = draw(2, 1, 8, 8)
+    for t in scheduler.timesteps:
+        x = scheduler.step(0.3 * draw(2, 1, 8, 8), t, x).prev_sample
+    assert bool(x.isfinite().all()) == is_drawn
+    predict = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}[prediction]
+    given = portable(predict=predict, schedule=schedule, clip_x0=False)
+    if is_drawn:
+        write_diffusers(given, tmp_path / "out")
+    else:
+        with pytest.raises(UserError, match="would draw NaN"):
+            write_diffusers(given, tmp_path / "out")
 
 
 def test_a_place_that_is_taken_is_refused_untouched(tmp_path: Path) -> None:
