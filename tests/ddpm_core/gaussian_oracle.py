@@ -23,6 +23,11 @@ def answers(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> dict
     return {"eps": eps, "x0": x0, "v": v, "mean": mean}
 
 
+def even_log_snr(steps: int, first: float = 6.0, last: float = -12.0) -> NoiseSchedule:
+    """A schedule whose log-SNR falls evenly."""
+    return NoiseSchedule.from_alpha_bars(torch.linspace(first, last, steps, dtype=torch.float64).sigmoid())
+
+
 class GaussianOracle:
     """For pixels drawn independently from N(mean, std^2): the network that answers with the exact conditional
     expectation, in the process's parameterisation.
