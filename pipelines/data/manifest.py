@@ -2,12 +2,13 @@
 
     ingest.json           what is being ingested here. Written first: without it a folder's shards are not ours
     dataset.json          the card: digest, counts, classes, size, mean/std, source. Written last: it is the commit
-    shards.parquet        the table of shards, one row each: name, split, samples, bytes, sha256, index_sha256
+    card.md, sheet.png    the card for people, with a contact sheet
+    shards.parquet        the table of shards, one row each: name, index, split, samples, bytes, sha256, index_sha256
     train-000000.tar      WebDataset shards: KEY.png + KEY.json a sample
     train-000000.parquet  that shard's index, one row a sample: key, member, offset, size, sha256, content, label
-    sheet.png             a contact sheet
 
-Opening a dataset reads the first two alone.
+Opening a dataset reads the card and the table of shards alone. Tars that were there before (`ddpm data index`) may lie
+elsewhere, and one of them may have images of both splits: then it has two rows in the table, each with an index.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,19 +29,21 @@ from pipelines.data.order import Order
 from pipelines.errors import UserError
 from pipelines.store import DamageError, Place, sha256
 
-FORMAT = 1
+FORMAT = 2
 CARD = "dataset.json"
 BEGUN = "ingest.json"
 SHARDS = "shards.parquet"
 SHEET = "sheet.png"
+CARD_PAGE = "card.md"
 SPLITS = ("train", "held-out")
 
 Digest = bytes
 """A raw sha256, 32 bytes."""
 
-_CARD_FIELDS = ("digest", "image_size", "channels", "classes", "splits", "mean", "std", "shards_sha256")
+_CARD_FIELDS = ("digest", "image_size", "channels", "classes", "splits", "mean", "std", "shards_sha256", "decode", "tars")
 SHARD_COLUMNS = {
     "name": pa.string(),
+    "index": pa.string(),
     "split": pa.string(),
     "samples": pa.int64(),
     "bytes": pa.int64(),
@@ -63,7 +66,9 @@ class Shard:
     """One shard's row in the table."""
 
     name: str
-    """File name of the tar."""
+    """Path of the tar below the place of the tars."""
+    index: str
+    """File name of its index."""
     samples: int
     bytes: int
     sha256: Digest
@@ -75,11 +80,16 @@ class Split:
     """The shards of one split, in order."""
 
     place: Place
+    """Where the indices lie."""
+    tars: Place
+    """Where the tars lie."""
     name: str
     digest: str
     """The dataset's digest."""
     image_size: int
     channels: int
+    decode: Literal["exact", "fit"]
+    """Whether every stored picture has the dataset's size and channels, or is brought to them as it is read."""
     table: pa.Table
 
     def __len__(self) -> int:
@@ -140,10 +150,12 @@ class Dataset:
         if sha256(data) != card["shards_sha256"]:
             raise DamageError(f"{place / SHARDS} does not match the sha256 in {CARD}")
         table = read_table(data, SHARD_COLUMNS, place / SHARDS)
-        for name in table["name"].to_pylist():
+        for name in (*table["name"].to_pylist(), *table["index"].to_pylist()):
             # The name is joined to a folder: it must not lead out of it.
-            if "/" in name or "\\" in name or name.startswith("."):
+            if "\\" in name or ":" in name or any(part in ("", ".", "..") for part in name.split("/")):
                 raise DamageError(f"{place / SHARDS} names a shard outside its folder: {name!r}")
+        if card["decode"] not in ("exact", "fit"):
+            raise DamageError(f"{file}: decode is {card['decode']!r}, neither exact nor fit")
         return Dataset(place, card, table)
 
     @property
@@ -171,7 +183,9 @@ class Dataset:
             raise KeyError(f"there is no split {name!r}, only {', '.join(SPLITS)}")
         mask = pyarrow.compute.equal(self.table["split"], name)
         table = self.table.filter(mask)
-        return Split(self.place, name, self.digest, self.image_size, self.channels, table)
+        tars = self.place if self.card["tars"] is None else Place.of(self.card["tars"])
+        decode = self.card["decode"]
+        return Split(self.place, tars, name, self.digest, self.image_size, self.channels, decode, table)
 
 
 def content_hash(pixels: NDArray[np.uint8]) -> bytes:
@@ -195,11 +209,6 @@ def dataset_digest(shard_sizes: Mapping[str, Sequence[int]], samples: Iterable[t
     for content, label in samples:
         digest.update(content + struct.pack("<q", label))
     return digest.hexdigest()
-
-
-def index_name(shard: str) -> str:
-    """File name of a shard's index."""
-    return shard.removesuffix(".tar") + ".parquet"
 
 
 def write_table(columns: Mapping[str, pa.DataType], rows: Mapping[str, Sequence[Any]]) -> bytes:
@@ -233,7 +242,7 @@ def _read(file: Place) -> bytes:
 
 def read_index(split: Split, shard: Shard) -> pa.Table:
     """A shard's index, checked against the table of shards. DamageError names it where it differs."""
-    file = split.place / index_name(shard.name)
+    file = split.place / shard.index
     data = _read(file)
     if hashlib.sha256(data).digest() != shard.index_sha256:
         raise DamageError(f"{file} does not match the sha256 in {SHARDS}")
