@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from pipelines.data.ingest import Recipe, pixels_of
 from pipelines.data.sources import NO_LABEL, Digits, load_image, open_source
 from pipelines.errors import UserError
-from tests.data.data_helpers import draw_pictures
+from tests.data.data_helpers import draw_pictures, refused
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -42,8 +42,9 @@ def test_folder_is_sorted_and_labelled(pictures: Path) -> None:
     (pictures / ".hidden.png").write_bytes(b"")
     (pictures / "cat" / "deeper").mkdir()
     Image.new("L", (5, 5)).save(pictures / "cat" / "deeper" / "z.bmp")
-    with pytest.warns(UserWarning, match="1 files"):
+    with pytest.warns(UserWarning, match="1 files") as warned:
         source = open_source(str(pictures))
+    assert warned[0].filename == __file__
     titles = [source.title(i) for i in range(len(source))]
     assert len(titles) == 42
     assert titles == sorted(titles)
@@ -127,9 +128,16 @@ def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
         open_source(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"data\.source: no image in "):
         open_source(str(tmp_path))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"is not a folder"):
-        open_source(str(tmp_path / "file"))
+    for name in ("file", "a.png", "a.rar", "a.pkl"):
+        (tmp_path / name).write_text("")
+        refused(
+            tmp_path / name, r"^data\.source: .* is not a folder, nor a file of a known kind; give a folder of images"
+        )
+    os.mkfifo(tmp_path / "a.zip")
+    refused(tmp_path / "a.zip", r"^data\.source: .* is not a folder or a file; give a folder of images")
+    refused(tmp_path / ("x" * 300), r"^data\.source: .*; give a folder of images, a file \(\.zip, \.tar, \.parquet")
+    with pytest.raises(UserError, match=r"^data\.source: .*no_such_user.* cannot be read"):
+        open_source("~no_such_user/images")
 
 
 def test_unreadable_images_are_named_in_one_line(pictures: Path) -> None:
