@@ -64,6 +64,7 @@ class S3Place(Place):
     What S3 lacks (a path, locks, claims, folders that appear whole) is a UserError.
     """
 
+    is_local = False
     bucket: str
     key: str
     """Without slashes at its ends; empty for the bucket itself."""
@@ -103,6 +104,9 @@ class S3Place(Place):
     def name(self) -> str:
         return self._location.rsplit("/", 1)[-1]
 
+    def is_within(self, folder: str | os.PathLike[str]) -> bool:
+        return False
+
     def exists(self) -> bool:
         return self._info().type != fs.FileType.NotFound
 
@@ -141,6 +145,8 @@ class S3Place(Place):
         self._try("written", put, len(data))
 
     def delete(self) -> None:
+        """Delete this object; nothing happens where there is none. pyarrow keeps a prefix that becomes empty alive
+        with an object of its name and a slash, which `list` does not show."""
         with contextlib.suppress(FileNotFoundError):
             self._try("deleted", lambda files: files.delete_file(self._location))
 
@@ -182,7 +188,6 @@ class _S3File:
         size = min(size, self._size - offset) if offset >= 0 else 0
         if size <= 0:
             return b""
-
         return self._place._try("read", lambda files: self._file.read_at(size, offset), size)
 
     def close(self) -> None:

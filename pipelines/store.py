@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pipelines.errors import Failed, UserError, one_line
 
@@ -67,6 +67,8 @@ class Place:
     """A folder or a file of the store. `Place.of(uri) / "runs" / "digits-..."`."""
 
     path: Path
+    is_local: ClassVar[bool] = True
+    """Whether it is on this host's file system: only there are locks, and reading costs no requests."""
 
     @staticmethod
     def of(uri: str | os.PathLike[str]) -> "Place":
@@ -101,6 +103,10 @@ class Place:
     @property
     def name(self) -> str:
         return self.path.name
+
+    def is_within(self, folder: str | os.PathLike[str]) -> bool:
+        """Whether this is a folder of this host's, or lies below it."""
+        return self.path.is_relative_to(Path(folder).absolute())
 
     def exists(self) -> bool:
         return self.path.exists()

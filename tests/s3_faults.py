@@ -1,5 +1,6 @@
 """An S3 server (moto), and a proxy before it that answers some requests badly, both over real sockets."""
 
+import datetime
 import http.client
 import logging
 import socket
@@ -10,17 +11,22 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal
 
 import boto3
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from moto.server import ThreadedMotoServer
 
 from pipelines.s3 import Patience
 
 BUCKET = "bucket"
-HASTE = Patience(connect_seconds=1, stall_seconds=1, request_seconds=2, attempts=3, pause_seconds=0.01)
+HASTE = Patience(connect_seconds=1, stall_seconds=1, request_seconds=1.5, attempts=3, pause_seconds=0.01)
 """Patience for tests: a fault is told in a second or two."""
 
 Fault = Literal["500", "503", "403", "cut", "short", "refuse", "silent", "drip"]
@@ -42,6 +48,7 @@ def s3_server() -> Iterator[int]:
         server.stop()
 
 
+@lru_cache
 def stock_client(port: int) -> Any:
     """Amazon's own client for the server."""
     return boto3.client(
@@ -137,6 +144,7 @@ def faulty_proxy(upstream: int, tls: ssl.SSLContext | None = None) -> Iterator[F
 class _Handler(BaseHTTPRequestHandler):
     faulty: FaultyProxy
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def handle(self) -> None:
         try:
@@ -221,6 +229,34 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+
+def own_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
+    """A self-signed certificate for localhost, and a server's context with it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    names = [x509.DNSName("localhost")]
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    file = folder / "certificate.pem"
+    file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file, folder / "key.pem")
+    return file, context
 
 
 def wait_until(condition: Any, seconds: float = 10.0) -> None:

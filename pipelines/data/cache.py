@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipelines.data.manifest import Shard
 from pipelines.errors import UserError
-from pipelines.store import LocalFile, Place
+from pipelines.store import DamageError, LocalFile, Place
 
 _PIECE = 8 * 2**20
 _WHOLE, _PARTIAL = ".tar", ".partial"
@@ -43,54 +43,69 @@ class ShardCache:
         """The tar of a shard as a local file, downloaded where it is not here yet.
 
         None where there is no room for it, or where what lies at `tar` is not what the table of shards says: then
-        it is to be read where it is. FileNotFoundError and StorageError come from there.
+        it is to be read where it is. DamageError where nothing lies there; StorageError where it cannot be reached.
         """
         if shard.bytes > self.limit_bytes:
             return None
-        name = shard.sha256.hex()
-        whole, partial = self.folder / f"{name}{_WHOLE}", self.folder / f"{name}{_PARTIAL}"
-        while True:
-            if (file := self._open_whole(whole, shard.bytes)) is not None:
-                return file
-            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            while True:
+                if (file := self._open_whole(shard)) is not None:
+                    return file
+                if not self._fetch(tar, shard):
+                    return None
+        except OSError:  # of our own disk, which may be full, say; training goes on without a cache
+            return None
+
+    def _fetch(self, tar: Place, shard: Shard) -> bool:
+        """Download a shard, or wait for who does; False where it cannot be kept here."""
+        whole, partial = self._path(shard, _WHOLE), self._path(shard, _PARTIAL)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is(descriptor, partial):
+                return True  # by now another process has made a whole one of it, or given up
+            kept = whole.exists()
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)  # where another process downloads it, wait for that
-                if not _is(descriptor, partial):
-                    continue  # by now it is a whole one, or was cleared
-                try:
-                    if not (self._make_room(descriptor, partial, shard.bytes) and _download(tar, shard, descriptor)):
-                        return None
+                if not kept and self._make_room(descriptor, partial, shard.bytes) and _copy(tar, shard, descriptor):
                     os.rename(partial, whole)
-                finally:
-                    partial.unlink(missing_ok=True)
+                    return True
             finally:
-                os.close(descriptor)
+                # Ours as long as we hold its lock; after the rename the name may be another process's.
+                if _is(descriptor, partial):
+                    partial.unlink()
+            return kept
+        finally:
+            os.close(descriptor)
 
     def discard(self, shard: Shard) -> None:
         """Forget a shard whose copy turned out damaged."""
-        (self.folder / f"{shard.sha256.hex()}{_WHOLE}").unlink(missing_ok=True)
+        self._path(shard, _WHOLE).unlink(missing_ok=True)
 
-    def _open_whole(self, path: Path, size: int) -> LocalFile | None:
+    def _path(self, shard: Shard, suffix: str) -> Path:
+        return self.folder / f"{shard.sha256.hex()}{suffix}"
+
+    def _open_whole(self, shard: Shard) -> LocalFile | None:
+        path = self._path(shard, _WHOLE)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if os.fstat(descriptor).st_size != size:
-            os.close(descriptor)
+        file = LocalFile(str(path), descriptor)
+        if os.fstat(descriptor).st_size != shard.bytes:
             path.unlink(missing_ok=True)
             return None
-        with contextlib.suppress(OSError):  # another process may own it
+        with contextlib.suppress(OSError):  # another user's process may own it
             os.utime(descriptor)
-        return LocalFile(str(path), descriptor)
+        return file
 
     def _make_room(self, descriptor: int, partial: Path, size: int) -> bool:
         """Let the oldest go until `size` more bytes fit, and take them; False where they do not."""
         with self._lock():
             files = []
             for path in self.folder.iterdir():
-                if path.suffix == _PARTIAL and path != partial and _is_abandoned(path):
-                    path.unlink(missing_ok=True)
-                elif path.suffix in (_WHOLE, _PARTIAL) and path != partial:
+                if path == partial or path.suffix not in (_WHOLE, _PARTIAL):
+                    continue
+                if path.suffix == _WHOLE or not _cleared(path):
                     with contextlib.suppress(FileNotFoundError):
                         status = path.stat()
                         files.append((status.st_mtime_ns, status.st_size, path))
@@ -113,19 +128,17 @@ class ShardCache:
             yield
 
 
-def _download(tar: Place, shard: Shard, descriptor: int) -> bool:
-    """Copy a tar; False where it is not what the table of shards says, or the disk is full."""
-    source, digest, done = tar.open(), hashlib.sha256(), 0
+def _copy(tar: Place, shard: Shard, descriptor: int) -> bool:
+    """Copy a tar into an open file; False where it is not what the table of shards says."""
     try:
-        while piece := source.read_at(done, min(_PIECE, shard.bytes + 1 - done)):
+        source = tar.open()
+    except FileNotFoundError:
+        raise DamageError(f"{tar} is missing") from None
+    digest, done = hashlib.sha256(), 0
+    try:
+        while done <= shard.bytes and (piece := source.read_at(done, min(_PIECE, shard.bytes + 1 - done))):
             digest.update(piece)
-            if done + len(piece) > shard.bytes or os.pwrite(descriptor, piece, done) != len(piece):
-                return False
-            done += len(piece)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        return False  # of our disk: those of the source are StorageErrors
+            done += os.pwrite(descriptor, piece, done)
     finally:
         source.close()
     return done == shard.bytes and digest.digest() == shard.sha256
@@ -139,11 +152,14 @@ def _is(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _is_abandoned(partial: Path) -> bool:
-    """Whether nobody is downloading into this file."""
+def _cleared(partial: Path) -> bool:
+    """Delete a partial download if nobody is at it; whether it is gone."""
     try:
         with open(partial, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    except (BlockingIOError, FileNotFoundError):
+            partial.unlink()
+    except BlockingIOError:
         return False
+    except FileNotFoundError:
+        pass
+    return True

@@ -222,7 +222,7 @@ def write_table(columns: Mapping[str, pa.DataType], rows: Mapping[str, Sequence[
 def read_table(data: bytes, columns: Mapping[str, pa.DataType], file: Place) -> pa.Table:
     """The inverse of `write_table`. DamageError names a file that is not such a table."""
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DamageError(f"{file} is not a Parquet file: {error}") from None
     found = (table.schema.metadata or {}).get(b"ddpm.format", b"none").decode()

@@ -29,7 +29,7 @@ class Bad(NamedTuple):
 
 
 class OpenShard:
-    """DamageError, naming the file, where the index is damaged or there is no tar; StorageError where the storage fails.
+    """DamageError, naming the file, where the index is damaged or there is no tar; StorageError where storage fails.
 
     Threads may share one. The tar is closed with the last reference: another thread may still be reading it.
     """
@@ -48,17 +48,17 @@ class OpenShard:
         self._digests: bytes = b"".join(index["sha256"].to_pylist())
         self._members = index["member"]
         self._decode: list[Decode | None] = [decoder.of(member) for member in self._members.to_pylist()]
+        self._copy = cache.open(self._tar, self._shard) if cache is not None and not self._tar.is_local else None
         try:
-            copy = None if cache is None else cache.open(self._tar, self._shard)
-            self._file: RangeFile = copy or self._tar.open()
+            self._file: RangeFile = self._copy or self._tar.open()
         except (FileNotFoundError, NotADirectoryError):
             raise DamageError(f"{self._tar} is missing") from None
-        self._cached = copy is not None
 
-    def decode(self, rows: Sequence[int]) -> tuple[list[bytes], dict[int, Bad]]:
+    def decode(self, rows: Sequence[int]) -> tuple[list[bytes | bytearray], dict[int, Bad]]:
         """Pixels of samples, H * W * C bytes each, and what is wrong with those that have none (b""), by place in
         `rows`. StorageError where the storage fails; IndexError for a row that there is not."""
-        found, bad = [b""] * len(rows), {}
+        found: list[bytes | bytearray] = [b""] * len(rows)
+        bad: dict[int, Bad] = {}
         decoders, digests, sha256 = self._decode, self._digests, hashlib.sha256
         places = np.asarray(rows, dtype=np.int64)
         offsets, sizes = self._offsets[places].tolist(), self._sizes[places].tolist()
@@ -122,14 +122,14 @@ class OpenShard:
         """
         if offset < 0 or not 0 < size <= MAX_MEMBER_BYTES:
             return None
-        if self._cached:
+        if self._copy is not None and self._file is self._copy:
             assert self._cache is not None
             self._cache.discard(self._shard)
             try:
-                self._file, self._cached = self._tar.open(), False
+                self._file = self._tar.open()
             except FileNotFoundError:
                 return None
-        elif not self._file.gap:
+        elif self._tar.is_local:
             return None
         return self._file.read_at(offset, size)
 
