@@ -203,7 +203,7 @@ class _Ingest:
         planned = {name for shard in plan.shards for name in (shard.name, shard.index)}
         for name in self.out.list():
             if _OURS.fullmatch(name) and name not in planned:
-                (self.out / name).remove()
+                (self.out / name).delete()
 
     def _clean(self) -> None:
         """Remove the records: the dataset is there."""
@@ -215,7 +215,7 @@ class _Ingest:
         self._clean()
         for name in self.out.list():
             if _OURS.fullmatch(name) or name == BEGUN:
-                (self.out / name).remove()
+                (self.out / name).delete()
         if not existed:
             self.out.remove()
 
@@ -283,4 +283,4 @@ def _alone(out: Place) -> Iterator[None]:
             yield
         finally:
             # Whoever waits for nothing, as we do not wait either, finds a finished dataset or a new lock.
-            lock.path.unlink(missing_ok=True)
+            lock.delete()

@@ -40,7 +40,18 @@ SPLITS = ("train", "held-out")
 Digest = bytes
 """A raw sha256, 32 bytes."""
 
-_CARD_FIELDS = ("digest", "image_size", "channels", "classes", "splits", "mean", "std", "shards_sha256", "decode", "tars")
+_CARD_FIELDS = (
+    "digest",
+    "image_size",
+    "channels",
+    "classes",
+    "splits",
+    "mean",
+    "std",
+    "shards_sha256",
+    "decode",
+    "tars",
+)
 SHARD_COLUMNS = {
     "name": pa.string(),
     "index": pa.string(),

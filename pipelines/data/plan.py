@@ -119,7 +119,8 @@ def _without_duplicates(
     """
     first: dict[bytes, int] = {}
     copies: set[int] = set()
-    examples, straddling, differing = [], set(), set()
+    examples: list[tuple[str, str]] = []
+    straddling, differing = set(), set()
     for split in (HELD_OUT, TRAIN):
         for index in sides[split]:
             content = contents[index]

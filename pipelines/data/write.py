@@ -43,7 +43,7 @@ class ShardRecord:
 
 
 def write_shard(source: Source, recipe: Recipe, out: Place, shard: ShardPlan) -> ShardRecord:
-    """Write one shard, its index and its record into `out`. UserError where the source is no longer what was scanned."""
+    """Write one shard, its index and its record into `out`. UserError where the source is not what was scanned."""
     labels = [source.label(index) for index in shard.items]
     sums = Sums(recipe.channels)
     pictures = []
@@ -97,7 +97,9 @@ def written(out: Place, shard: ShardPlan) -> ShardRecord | None:
         return None
     if found["plan"] != shard.identity:
         return None
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in found["record"].items()}
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in found["record"].items()
+    }
     return ShardRecord(**fields)
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipelines.data.ingest import Recipe, pixels_of
+from pipelines.data.recipe import Recipe
 from pipelines.data.sources import NO_LABEL, Digits, load_image, open_source
 from pipelines.errors import UserError
 from tests.data.data_helpers import draw_pictures, refused
@@ -103,12 +103,16 @@ def test_modes_become_grey_or_rgb(tmp_path: Path) -> None:
     assert loaded(sideways, "turned.jpg", exif=exif).size == (4, 6)
 
 
+def recipe(image_size: int, channels: int) -> Recipe:
+    return Recipe(image_size=image_size, channels=channels, held_out=0.5, shard_images=1)
+
+
 @pytest.mark.parametrize("size", [(13, 7), (7, 13), (1, 9), (8, 8), (401, 100)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_odd_sizes_are_cropped_and_resized(tmp_path: Path, size: tuple[int, int], channels: int) -> None:
     Image.new("RGB", size, (50, 100, 150)).save(tmp_path / "a.png")
     for target in (4, 8, 32):
-        pixels = pixels_of(open_source(str(tmp_path)), 0, Recipe(target, channels, 0.5, 1))
+        pixels = recipe(target, channels).pixels(open_source(str(tmp_path)).load(0))
         assert pixels.shape == (target, target, channels)
         # 0.299 R + 0.587 G + 0.114 B (ITU-R 601)
         expected = [50, 100, 150] if channels == 3 else [91]
@@ -118,7 +122,7 @@ def test_odd_sizes_are_cropped_and_resized(tmp_path: Path, size: tuple[int, int]
 def test_shrinking_averages_areas_of_the_centre(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 256, (8, 12), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png")
-    pixels = pixels_of(open_source(str(tmp_path)), 0, Recipe(4, 1, 0.5, 1))[..., 0]
+    pixels = recipe(4, 1).pixels(open_source(str(tmp_path)).load(0))[..., 0]
     expected = values[:, 2:10].reshape(4, 2, 4, 2).mean(axis=(1, 3))
     assert np.abs(pixels - expected).max() <= 1
 
