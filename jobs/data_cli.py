@@ -1,5 +1,6 @@
 """`ddpm data ...`: looking at datasets. None of these changes one."""
 
+import functools
 from dataclasses import asdict
 from typing import Annotated
 
@@ -23,6 +24,7 @@ DatasetFolder = Annotated[
 ]
 Window = Annotated[int, typer.Option(help="Shards whose images are shuffled together, `data.window`.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of the order, that of the spec.", min=0)]
+Workers = Annotated[int | None, typer.Option(help="Ray tasks at a time [default: one a CPU, none for little work].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
@@ -84,17 +86,20 @@ def preview(
 
 
 @data.command()
-def verify(dataset: DatasetFolder, as_json: Json = False) -> None:
+def verify(dataset: DatasetFolder, workers: Workers = None, as_json: Json = False) -> None:
     """Look at every byte of a dataset and name all damage. Exit code 1 where there is any."""
     from jobs.data_tables import show_verification
     from jobs.live import listener
+    from pipelines.cluster import Cluster
     from pipelines.data import verify as verification
+    from pipelines.data.work import over_chunks
     from pipelines.store import Place
 
     place = Place.of(dataset)
-    with quiet_stdout(), listener() as progress:
+    with quiet_stdout(), listener() as progress, Cluster(None) as cluster:
         progress.start("verify", str(place))
-        result = verification.verify(place, progress=progress)
+        share_out = functools.partial(over_chunks, cluster=cluster, workers=workers)
+        result = verification.verify(place, map_shards=share_out, progress=progress)
         progress.finish("verify", f"{result.images:,} images, {len(result.findings):,} findings")
     print_result(as_json, asdict(result), lambda: show_verification(result))
     if result.findings:

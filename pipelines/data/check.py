@@ -42,8 +42,8 @@ _CHUNK = 8 * 2**20
 _MAX_NOTE = 2**20
 
 _MAX_PIXELS = 2**26
-_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
-"""What pictures that are brought to a size may be; all others are PNG."""
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""What pictures that are brought to a size may be, beside arrays (`.npy`); all others are PNG."""
 
 Pixels = NDArray[np.uint8]
 ReadAt = Callable[[int, int], bytes]
@@ -90,9 +90,9 @@ def check_shard(dataset: Dataset, shard: Shard) -> ShardCheck:
 class _Check:
     def __init__(self, dataset: Dataset, shard: Shard) -> None:
         self.split = dataset.split(SPLITS[0])
-        self.exact = self.split.decode == "exact"
+        self.exact = self.split.fit is None
         self.shape = (dataset.image_size, dataset.image_size, dataset.channels)
-        self.suffixes = (".png",) if self.exact else tuple(_FORMATS)
+        self.suffixes = (".png",) if self.exact else (*_FORMATS, ".npy")
         self.classes = dataset.classes
         self.ours = dataset.card["tars"] is None
         self.shard = shard
@@ -125,8 +125,6 @@ class _Check:
             return None
         try:
             table = read_table(data, INDEX_COLUMNS, self.index)
-            if any(table[name].null_count for name in INDEX_COLUMNS):
-                raise ValueError("has an empty field")
             rows: list[Row] = table.to_pylist()
         except (DamageError, UserError, pa.ArrowException, ValueError) as error:
             self._say(one_line(error).removeprefix(f"{self.index}").lstrip(": "), file=self.index)
@@ -198,13 +196,13 @@ class _Check:
             self._check_label(row, places, read_at)
         if self.ours:
             for member in members:
-                if member.name.endswith(self.suffixes) and member.name not in listed:
+                if member.name.lower().endswith(self.suffixes) and member.name not in listed:
                     self._say("is in the tar, but not in the index", member.name)
 
     def _check_unlisted(self, members: list[Member], read_at: ReadAt) -> None:
         """What can be said of images without an index: whether they decode."""
         for member in members:
-            if member.name.endswith(self.suffixes):
+            if member.name.lower().endswith(self.suffixes):
                 self._pixels(member.name, (member.offset, member.size), read_at)
 
     def _pixels(
@@ -212,7 +210,7 @@ class _Check:
     ) -> Pixels | None:
         """Pixels [H, W, C] of a member as it is stored; None, and why is said, where it has none."""
         try:
-            pixels = self._decoded(place, read_at, digest)
+            pixels = self._decoded(name, place, read_at, digest)
         except DamageError as error:
             self._say(str(error), name)
             self.bad += 1
@@ -222,7 +220,7 @@ class _Check:
             self.pixels[channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)
         return pixels
 
-    def _decoded(self, place: tuple[int, int], read_at: ReadAt, digest: Digest | None) -> Pixels:
+    def _decoded(self, name: str, place: tuple[int, int], read_at: ReadAt, digest: Digest | None) -> Pixels:
         offset, size = place
         if offset < 0 or not 0 < size <= MAX_MEMBER_BYTES:
             raise DamageError(f"cannot be {_at(offset, size)}, as the index has it")
@@ -232,7 +230,7 @@ class _Check:
         if digest is not None and hashlib.sha256(data).digest() != digest:
             raise DamageError("does not match the sha256 in the index")
         try:
-            return _decode(data, self.shape) if self.exact else _decode_any(data)
+            return _decode(data, self.shape) if self.exact else _decode_any(data, name)
         except Exception as error:  # Pillow's decoders raise nearly every kind
             raise DamageError(f"cannot be decoded: {one_line(error)}") from None
 
@@ -265,8 +263,16 @@ def _decode(data: bytes, shape: tuple[int, int, int]) -> Pixels:
         return np.asarray(image).reshape(shape)
 
 
-def _decode_any(data: bytes) -> Pixels:
-    with Image.open(io.BytesIO(data), formats=sorted(set(_FORMATS.values()))) as image:
+def _decode_any(data: bytes, name: str) -> Pixels:
+    suffix = name[name.rfind(".") :].lower()
+    if suffix == ".npy":
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        if array.dtype != np.uint8 or array.ndim not in (2, 3):
+            raise ValueError(f"it is {array.dtype} {array.shape}, not pixels")
+        return np.asarray(array)
+    if suffix not in _FORMATS:
+        raise ValueError(f"it is of no type that is read ({', '.join((*_FORMATS, '.npy'))})")
+    with Image.open(io.BytesIO(data), formats=[_FORMATS[suffix]]) as image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} is more than {_MAX_PIXELS} pixels")
         return np.asarray(image.convert("RGB"))

@@ -5,9 +5,9 @@
     write    one shard and its index: a pure function of (source, recipe, plan), so that any process may do it
     commit   contact sheet, table of shards and, last, the card
 
-Scan and write run over chunks of the source as Ray tasks. Each leaves a record, and an ingest that was killed goes on
-with what has none. The same images and the same recipe give the same bytes, whatever ran where and however often it
-was killed; without the card, nothing of it is taken for a dataset.
+Scan and write run over chunks of the source, as Ray tasks where there is more than a little to do. Each leaves a
+record, and an ingest that was killed goes on with what has none. The same images and the same recipe give the same
+bytes, whatever ran where and however often it was killed; without the card, nothing of it is taken for a dataset.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ from pipelines.store import Place, check_writable, identity
 
 Progress = Callable[[int, int], None]
 
+HELD_OUT_SHARE = 0.2
+"""Share of the images that are held out where neither the caller nor the source says."""
+
 _CHUNK = 1000
 """Images of a chunk of the scan."""
 _SCANNED = "scan"
@@ -60,8 +64,8 @@ def ingest(
     *,
     image_size: int,
     channels: int,
-    held_out: float,
-    shard_images: int,
+    held_out: float | None = None,
+    shard_images: int = 1000,
     resize: Resize = "auto",
     drop_duplicates: bool = False,
     cluster: Cluster | None = None,
@@ -70,23 +74,28 @@ def ingest(
 ) -> Dataset:
     """Make the dataset of a source in folder `out` and open it.
 
-    With a cluster, a source of more than one chunk is worked on by `workers` Ray tasks at a time (by default one a
-    CPU). Every image is visited twice (scan, write): `progress(done, total)` counts visits. Where `out` already
-    holds this very dataset nothing is written; where it holds another one that is refused. UserError names what is
-    wrong with the source or the recipe, and then nothing is left in `out`.
+    With a cluster, the work is shared out as `over_chunks` says. A source that has a split of its own keeps it,
+    whatever `held_out` says (by default 0.2), with a warning where it is said. Every image is visited twice (scan,
+    write): `progress(done, total)` counts visits. Where `out` already holds this very dataset nothing is written;
+    where it holds another one that is refused. UserError names what is wrong with the source or the recipe, and then
+    nothing is left in `out`.
     """
     recipe = Recipe(
         image_size=image_size,
         channels=channels,
-        held_out=held_out,
+        held_out=HELD_OUT_SHARE if held_out is None else held_out,
         shard_images=shard_images,
         resize=resize,
         drop_duplicates=drop_duplicates,
     )
     source = open_source(source) if isinstance(source, str) else source
-    if source.kind in ("digits",) or not out.is_within(source.name):
-        return _Ingest(source, out, recipe, cluster, workers, progress or (lambda done, total: None)).run()
-    raise UserError(f"{out} lies inside data.source, whose images are read; name a folder outside of it")
+    if source.kind == "folder" and all((Path(source.name) / name).is_file() for name in (CARD, SHARDS)):
+        raise UserError(f"data.source: {source.name} is a dataset already, which needs no ingest; give its images")
+    if Path(source.name).is_dir() and source.kind != "digits" and out.is_within(source.name):
+        raise UserError(f"{out} lies inside data.source, whose images are read; name a folder outside of it")
+    if held_out is not None and own_split(source):
+        warnings.warn(f"data.held_out: has no effect, for {source.name} has a split of its own", stacklevel=2)
+    return _Ingest(source, out, recipe, cluster, workers, progress or (lambda done, total: None)).run()
 
 
 class _Ingest:

@@ -11,13 +11,14 @@ Opening a dataset reads the card and the table of shards alone. Tars that were t
 elsewhere, and one of them may have images of both splits: then it has two rows in the table, each with an index.
 """
 
+import functools
 import hashlib
 import io
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,9 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines.data.decode import Fit
 from pipelines.data.order import Order
+from pipelines.data.recipe import fit_stored
 from pipelines.errors import UserError
 from pipelines.store import DamageError, Place, sha256
 
@@ -99,8 +102,8 @@ class Split:
     """The dataset's digest."""
     image_size: int
     channels: int
-    decode: Literal["exact", "fit"]
-    """Whether every stored picture has the dataset's size and channels, or is brought to them as it is read."""
+    fit: Fit | None
+    """Brings stored pictures to the dataset's size and channels as they are read; None where they have them."""
     table: pa.Table
 
     def __len__(self) -> int:
@@ -167,6 +170,8 @@ class Dataset:
                 raise DamageError(f"{place / SHARDS} names a shard outside its folder: {name!r}")
         if card["decode"] not in ("exact", "fit"):
             raise DamageError(f"{file}: decode is {card['decode']!r}, neither exact nor fit")
+        if card["decode"] == "fit" and card.get("resize") not in ("auto", "area", "lanczos"):
+            raise DamageError(f"{file}: resize is {card.get('resize')!r}, neither auto, area nor lanczos")
         return Dataset(place, card, table)
 
     @property
@@ -195,8 +200,10 @@ class Dataset:
         mask = pyarrow.compute.equal(self.table["split"], name)
         table = self.table.filter(mask)
         tars = self.place if self.card["tars"] is None else Place.of(self.card["tars"])
-        decode = self.card["decode"]
-        return Split(self.place, tars, name, self.digest, self.image_size, self.channels, decode, table)
+        size, channels, fit = self.image_size, self.channels, None
+        if self.card["decode"] == "fit":
+            fit = functools.partial(fit_stored, image_size=size, channels=channels, resize=self.card["resize"])
+        return Split(self.place, tars, name, self.digest, size, channels, fit, table)
 
 
 def content_hash(pixels: NDArray[np.uint8]) -> bytes:
@@ -241,6 +248,8 @@ def read_table(data: bytes, columns: Mapping[str, pa.DataType], file: Place) -> 
         raise UserError(f"{file}: format {found} is not known here, only {FORMAT}; use the version that wrote it")
     if table.schema.remove_metadata() != pa.schema(list(columns.items())):
         raise DamageError(f"{file} does not have the columns {', '.join(columns)}")
+    if any(column.null_count for column in table.columns):
+        raise DamageError(f"{file} has empty fields")
     return table
 
 

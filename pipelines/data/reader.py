@@ -16,7 +16,7 @@ import numpy as np
 
 from pipelines.data.cache import ShardCache
 from pipelines.data.damage import Damage, Sample, Substitutes
-from pipelines.data.decode import MAX_MEMBER_BYTES, Decoder, Fit, Pixels
+from pipelines.data.decode import MAX_MEMBER_BYTES, Decoder, Pixels
 from pipelines.data.manifest import Split
 from pipelines.data.order import Ints, Order, slot_positions
 from pipelines.data.tars import Bad, OpenShard
@@ -47,23 +47,19 @@ class Reader:
         cache_bytes: int = CACHE_BYTES,
         *,
         shard_cache: ShardCache | None = None,
-        fit: Fit | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         on_damage: Callable[[Damage], None] | None = None,
         shards_open: int = SHARDS_OPEN,
     ) -> None:
         """`cache_bytes` is for decoded pixels in memory, `shard_cache` for tars on local disk.
 
-        A split whose pictures are stored in other sizes needs `fit`. With `on_error="skip"` the sample that
-        `Substitutes` names is read instead of a damaged one, and `on_damage` is told once. Up to `shards_open` shards
-        stay open: an order's window, better two, should be among them.
+        With `on_error="skip"` the sample that `Substitutes` names is read instead of a damaged one, and `on_damage` is
+        told once. Up to `shards_open` shards stay open: an order's window, better two, should be among them.
         """
         self.split = split
         self.shape = (split.image_size, split.image_size, split.channels)
         """[H, W, C] of an image."""
-        if split.decode == "fit" and fit is None:
-            raise ValueError(f"the pictures of {split.place} are stored in other sizes: give the reader a `fit`")
-        self._decoder = Decoder(self.shape, fit if split.decode == "fit" else None)
+        self._decoder = Decoder(self.shape, split.fit)
         self._shard_cache, self._shards_open = shard_cache, shards_open
         self._open: OrderedDict[int, _Opening] = OrderedDict()
         self._lock = threading.Lock()
@@ -99,10 +95,9 @@ class Reader:
 
     def read_all(self) -> tuple[Pixels, Ints]:
         """Every image and label, in the order of shards and rows."""
-        sizes = self.split.shard_sizes
-        shards = np.repeat(np.arange(len(sizes)), sizes)
-        rows = np.concatenate([np.arange(size) for size in sizes])
-        return self.read(shards, rows)
+        sizes = np.asarray(self.split.shard_sizes, dtype=np.int64)
+        rows = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return self.read(np.repeat(np.arange(len(sizes)), sizes), rows)
 
     def _read_shard(self, number: int, rows: Ints) -> tuple[Pixels, Ints]:
         if self._decoded is None:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.data.sources.images import upright
 from pipelines.errors import UserError
 
 Resize = Literal["auto", "area", "lanczos"]
@@ -47,14 +48,23 @@ class Recipe:
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """Pixels [S, S, C] of an image as the dataset holds them: its centre square, brought to the size."""
-        image = image.convert("L" if self.channels == 1 else "RGB")
-        side, size = min(image.size), self.image_size
-        if image.size != (size, size):
-            left, top = (image.width - side) / 2, (image.height - side) / 2
-            # Area averaging when shrinking: every pixel of the source counts once, and nothing overshoots.
-            kind = self.resize if self.resize != "auto" else "area" if size <= side else "lanczos"
-            image = image.resize((size, size), _METHODS[kind], box=(left, top, left + side, top + side))
-        return np.asarray(image).reshape(size, size, self.channels)
+        return _square(image, self.image_size, self.channels, self.resize)
+
+
+def fit_stored(image: Image.Image, image_size: int, channels: int, resize: Resize) -> NDArray[np.uint8]:
+    """Pixels [S, S, C] of a picture as it lies in somebody's tar: what an ingest of it would have made."""
+    return _square(upright(image), image_size, channels, resize)
+
+
+def _square(image: Image.Image, size: int, channels: int, resize: Resize) -> NDArray[np.uint8]:
+    image = image.convert("L" if channels == 1 else "RGB")
+    side = min(image.size)
+    if image.size != (size, size):
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        # Area averaging when shrinking: every pixel of the source counts once, and nothing overshoots.
+        kind = resize if resize != "auto" else "area" if size <= side else "lanczos"
+        image = image.resize((size, size), _METHODS[kind], box=(left, top, left + side, top + side))
+    return np.asarray(image).reshape(size, size, channels)
 
 
 def is_held_out(content: bytes, share: float) -> bool:

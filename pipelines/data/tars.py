@@ -39,8 +39,6 @@ class OpenShard:
         self._tar = split.tars / self._shard.name
         self._decoder, self._cache = decoder, cache
         index = read_index(split, self._shard).select(_COLUMNS).combine_chunks()
-        if any(column.null_count for column in index.columns):
-            raise DamageError(f"{split.place / self._shard.index} has empty fields")
         # Plain arrays: for each of many shards that are open, lists would hold an object for every field of a sample.
         self.labels: Ints = index["label"].to_numpy()
         self._offsets: Ints = index["offset"].to_numpy()

@@ -176,7 +176,7 @@ def test_pictures_that_are_brought_to_the_size_are_decoded_as_they_are(place: Pl
 
     change_index(place, INDEX, change)
     assert any("cannot be decoded" in line for line in findings(place))
-    change_card(place, decode="fit")
+    change_card(place, decode="fit", resize="auto")
     assert findings(place) == []
     patch(place.path / TAR, row["offset"], b"XX")
     assert f"{TAR}: member {name} does not match the sha256 in the index" in findings(place)

@@ -67,7 +67,7 @@ def _decode(file: Any, called: str) -> Image.Image:
         with Image.open(file, formats=_FORMAT_NAMES) as image:
             check_pixels(image.width, image.height, called)
             image.load()
-            return _flatten(ImageOps.exif_transpose(image))
+            return upright(image)
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every kind on damaged input
@@ -76,7 +76,9 @@ def _decode(file: Any, called: str) -> Image.Image:
         raise UserError(f"{printable(called)}: cannot be read as an image ({why}); repair or remove it") from None
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded picture as `load_image` gives it: turned as its EXIF says, mode L or RGB."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     grey = image.mode in ("1", "L", "LA")
