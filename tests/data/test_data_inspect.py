@@ -162,12 +162,7 @@ def test_a_comparison_holds_32_bytes_an_image(tmp_path: Path, monkeypatch: pytes
 
 
 def ddpm_data(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    code = """
-from jobs.data_cli import data
-from jobs.exits import end_process
-end_process(lambda: data(standalone_mode=False))
-"""
-    command = [sys.executable, "-c", code, *words]
+    command = [sys.executable, "-m", "jobs", "data", *words]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, env=environment)
 
