@@ -178,11 +178,56 @@ def cifar100(at: Path) -> tuple[Path, Known, Written, tuple[str, ...]]:
     return at, TEN, numbered("test.bin", TEST) + numbered("train.bin", TRAIN), tuple(map(str, range(100)))
 
 
+def tars(at: Path) -> tuple[Path, Known, Written, tuple[str, ...]]:
+    """Shards of a WebDataset, the held-out ones in a folder of their own."""
+    files = {"train-000.tar": TRAIN[:5], "train-001.tar": TRAIN[5:], "more/test-000.tar": TEST}
+    (at / "set" / "more").mkdir(parents=True)
+    for name, numbers in files.items():
+        pictures = {f"{i:03d}.png": png(KNOWN.pixels[i]) for i in numbers}
+        write_tar(at / "set" / name, {**pictures, **{f"{i:03d}.cls": b"%d" % KNOWN.labels[i] for i in numbers}})
+    (at / "set" / "README.md").write_text("a card")
+    written = [(f"{name}/{i:03d}.png", i) for name in sorted(files) for i in files[name]]
+    return at / "set", KNOWN, written, NUMBERED
+
+
+def tars_of_classes(at: Path) -> tuple[Path, Known, Written, tuple[str, ...]]:
+    """A tar for each class: the folder that all its images lie in is no wrapping."""
+    (at / "set").mkdir()
+    for label in range(3):
+        numbers = [i for i in range(12) if KNOWN.labels[i] == label]
+        write_tar(at / "set" / f"{label}.tar", {f"class{label}/{i:03d}.png": png(KNOWN.pixels[i]) for i in numbers})
+    written = [(f"{i % 3}.tar/class{i % 3}/{i:03d}.png", i) for i in sorted(range(12), key=lambda i: (i % 3, i))]
+    return at / "set", unsplit(KNOWN), written, NAMED
+
+
+def tars_of_splits(at: Path) -> tuple[Path, Known, Written, tuple[str, ...]]:
+    (at / "set").mkdir()
+    for name, numbers in (("training", TRAIN), ("val", TEST)):
+        files = {f"{name}/class{KNOWN.labels[i]}/{i:03d}.png": png(KNOWN.pixels[i]) for i in numbers}
+        write_tar(at / "set" / f"of-{name}.tar", files)
+    numbers = sorted(range(12), key=lambda i: (i in TEST, KNOWN.labels[i], i))
+    written = [(f"of-{'val' if i in TEST else 'training'}.tar/class{KNOWN.labels[i]}/{i:03d}.png", i) for i in numbers]
+    return at / "set", KNOWN, written, NAMED
+
+
+def parquet_in_folders(at: Path) -> tuple[Path, Known, Written, tuple[str, ...]]:
+    """As a hub converts a data set: a configuration, below it the splits."""
+    files = {"default/train/0000.parquet": TRAIN[:5], "default/train/0001.parquet": TRAIN[5:]}
+    files["default/test/0000.parquet"] = TEST
+    for name, numbers in files.items():
+        (at / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
+        columns = {"image": [{"bytes": png(KNOWN.pixels[i])} for i in numbers]}
+        pq.write_table(pa.table({**columns, "label": [KNOWN.labels[i] for i in numbers]}), at / "hub" / name)
+    (at / "hub" / "README.md").write_text("a card")
+    written = [title for name in sorted(files) for title in numbered(name, files[name])]
+    return at / "hub", KNOWN, written, NUMBERED
+
+
 KINDS = {
     "folder": [folder],
     "zip": [zip_deflated, zip_stored],
-    "tar": [tar, webdataset],
-    "parquet": [parquet, parquet_plain],
+    "tar": [tar, webdataset, tars, tars_of_classes, tars_of_splits],
+    "parquet": [parquet, parquet_plain, parquet_in_folders],
     "idx": [idx, idx_file],
     "npy": [npy, npy_fortran],
     "npz": [npz_keras, npz_medmnist, npz_adm, npz_fortran],

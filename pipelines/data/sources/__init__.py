@@ -1,8 +1,8 @@
 """Where images come from. A source lists its images, decodes any one of them, and knows their labels and its own split.
 
 Which kind it is, is told by what is there and not by options: the bundled digits, a folder, zip or tar of images,
-Parquet files with image bytes, IDX files (MNIST and its family), npy and npz files, CIFAR's binary version. Nothing is
-unpickled, executed or extracted to disk, and sizes are checked before anything is decoded.
+several tars, Parquet files with image bytes, IDX files (MNIST and its family), npy and npz files, CIFAR's binary
+version. Nothing is unpickled, executed or extracted to disk, and sizes are checked before anything is decoded.
 
 A new kind is a module with an object as `Source` describes, and a line in `open_source`.
 """
@@ -17,11 +17,12 @@ from pipelines.data.sources.base import NO_LABEL, Source
 from pipelines.data.sources.cifar import is_cifar, open_cifar
 from pipelines.data.sources.digits import Digits
 from pipelines.data.sources.files import printable, reason, refused
-from pipelines.data.sources.folder import Folder, open_folder
+from pipelines.data.sources.folder import Folder, list_files, open_folder
 from pipelines.data.sources.idx import is_idx, open_idx_file, open_idx_folder
 from pipelines.data.sources.images import MAX_PIXELS, is_image, load_image
 from pipelines.data.sources.paths import is_hidden
 from pipelines.data.sources.tables import is_table, open_table
+from pipelines.data.sources.tars import is_tar, open_tars
 from pipelines.errors import UserError
 
 __all__ = ["MAX_PIXELS", "NO_LABEL", "Digits", "Folder", "Source", "load_image", "open_source"]
@@ -33,7 +34,9 @@ _FILES: dict[str, Callable[[Path], Source]] = {
     ".npy": open_npy,
     ".npz": open_npz,
 }
-_UNDERSTOOD = f"a folder of images, a file ({', '.join(_FILES)} or IDX), a folder of Parquet, IDX or CIFAR, or `digits`"
+_UNDERSTOOD = (
+    f"a folder of images, a file ({', '.join(_FILES)} or IDX), a folder of Parquet, tars, IDX or CIFAR, or `digits`"
+)
 
 
 def open_source(source: str) -> Source:
@@ -58,16 +61,20 @@ def open_source(source: str) -> Source:
 
 def _open_directory(root: Path) -> Source:
     with os.scandir(root) as entries:
-        shown = [(entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name)]
-    files = {name for name, is_folder in shown if not is_folder}
+        files = {entry.name for entry in entries if not is_hidden(entry.name) and not entry.is_dir()}
     if any(is_idx(name) for name in files):
         return open_idx_folder(root)
     if is_cifar(files):
         return open_cifar(root, files)
-    # Beside images or their folders a table is taken for a description of them.
-    if any(is_table(name) for name in files) and len(files) == len(shown) and not any(is_image(name) for name in files):
-        return open_table(root)
-    return open_folder(root)
+    below = list_files(root)
+    # Beside images, tables and tars are taken for something about them.
+    if any(is_image(name) for name in below):
+        return open_folder(root, below)
+    if tables := [name for name in below if is_table(name)]:
+        return open_table(root, tables)
+    if tars := [name for name in below if is_tar(name)]:
+        return open_tars(root, tars)
+    return open_folder(root, below)
 
 
 def _open_file(path: Path) -> Source:

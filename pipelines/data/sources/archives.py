@@ -58,13 +58,19 @@ class Member(NamedTuple):
 class Archive:
     """The images of a zip or a tar, sorted by path."""
 
-    def __init__(self, kind: str, path: Path, members: Sequence[Member], layout: Layout, stripped: int) -> None:
+    def __init__(
+        self, kind: str, path: Path, members: Sequence[Member], layout: Layout, stripped: int, numbered: bool
+    ) -> None:
         self.kind = kind
         self.name = str(path)
         self.classes = layout.classes
         self._members = members
         self._layout = layout
+        self.top = members[0].name[: max(0, stripped - 1)]
+        """The folder that has all images and is not part of their titles; empty where there is none."""
         self._stripped = stripped
+        self.numbered = numbered
+        """Whether labels are numbers of files beside the images, and the classes named by them."""
 
     def __len__(self) -> int:
         return len(self._members)
@@ -93,8 +99,11 @@ def is_packed_tar(path: Path) -> bool:
     return bool(named) or (path.suffix.lower() == ".tar" and read_at(path, 0, 6).startswith(_PACKERS))
 
 
-def open_archive(path: Path) -> Archive:
-    """The images of a `.zip` or `.tar`. UserError where there is none, or where it is damaged or not to be trusted."""
+def open_archive(path: Path, strip: bool = True) -> Archive:
+    """The images of a `.zip` or `.tar`. UserError where there is none, or where it is damaged or not to be trusted.
+
+    One folder that has all images is taken for a wrapping, unless `strip` is off: then it is their class.
+    """
     kind = path.suffix.lower()[1:]
     listed: dict[str, Member] = {}
     passed_over = 0
@@ -120,7 +129,7 @@ def open_archive(path: Path) -> Archive:
     names = [member.name for member in members]
     check_text(names, path)
     tops = {name.partition("/")[0] if "/" in name else None for name in names}
-    stripped = len(names[0].partition("/")[0]) + 1 if len(tops) == 1 and None not in tops else 0
+    stripped = len(names[0].partition("/")[0]) + 1 if strip and len(tops) == 1 and None not in tops else 0
     layout = read_layout([name[stripped:] for name in names])
     labels = _labels_beside(path, members, listed)
     if labels is None:
@@ -128,7 +137,7 @@ def open_archive(path: Path) -> Archive:
     else:
         layout = layout._replace(classes=numbered_classes([np.array(labels)]), labels=tuple(labels))
     warn_passed_over(passed_over, path, ", or which are links")
-    return Archive(kind, path, members, layout, stripped)
+    return Archive(kind, path, members, layout, stripped, labels is not None)
 
 
 def _zip_members(path: Path) -> Iterator[tuple[Member, bool]]:

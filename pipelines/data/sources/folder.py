@@ -1,6 +1,7 @@
 """A folder of image files."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,13 +51,13 @@ class Folder:
         return fingerprint(self.name, self.files)
 
 
-def open_folder(root: Path) -> Folder:
-    """The folder's images, links followed. UserError where there is none, or where it cannot be searched."""
+def list_files(root: Path) -> list[str]:
+    """Paths below a folder that are not hidden, sorted, links followed. UserError where it cannot be searched."""
 
     def refuse(error: OSError) -> None:
         raise refused(error.filename, f"cannot be read ({reason(error)}); change its permissions")
 
-    files, passed_over = [], 0
+    files = []
     for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
         here = Path(folder).resolve()
         # A link to where it lies, or to above, would never end.
@@ -66,12 +67,15 @@ def open_folder(root: Path) -> Folder:
             if not is_hidden(name) and not here.is_relative_to((Path(folder) / name).resolve())
         ]
         below = Path(folder).relative_to(root)
-        shown = [name for name in names if not is_hidden(name)]
-        images = [(below / name).as_posix() for name in shown if is_image(name)]
-        files += images
-        passed_over += len(shown) - len(images)
-    if not files:
+        files += [(below / name).as_posix() for name in names if not is_hidden(name)]
+    return sorted(files)
+
+
+def open_folder(root: Path, files: Sequence[str]) -> Folder:
+    """The images among these files of a folder, sorted. UserError where there is none."""
+    images = [file for file in files if is_image(file)]
+    if not images:
         raise no_image(root)
-    check_text(files, root)
-    warn_passed_over(passed_over, root)
-    return Folder(str(root), tuple(sorted(files)))
+    check_text(images, root)
+    warn_passed_over(len(files) - len(images), root)
+    return Folder(str(root), tuple(images))

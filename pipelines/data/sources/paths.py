@@ -4,6 +4,7 @@ Paths are relative and have forward slashes. The top-level folders are the class
 (`train` and `test`, say), and then the folders below them are the classes.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +19,9 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing", "val", "valid", "validation", "held-out", "heldout"), "held-out"),
 }
 """What data sets call their splits, and which of ours that is."""
+
+
+_SPLIT_BEGINS = re.compile(rf"({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?![a-z])")
 
 
 class Layout(NamedTuple):
@@ -52,6 +56,13 @@ def own_split(found: dict[str, str | None]) -> dict[str, str] | None:
     """The split of each part of a source, given what its name says; None unless all say, and both splits are there."""
     said = {part: split for part, split in found.items() if split is not None}
     return said if len(said) == len(found) and len(set(said.values())) == 2 else None
+
+
+def split_of_file(path: str) -> str | None:
+    """The split that the name of a file of many images begins with, or else that of the folders it lies in, the inner
+    ones first: `train-00000-of-00002.parquet`, `data/test/0000.parquet`."""
+    found = (_SPLIT_BEGINS.match(part.lower()) for part in reversed(path.split("/")))
+    return next((SPLIT_NAMES[match[1]] for match in found if match), None)
 
 
 def is_hidden(name: str) -> bool:

@@ -5,7 +5,6 @@ The column `image` or `img` holds image files, as bytes or as a struct with `byt
 """
 
 import json
-import re
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image
 from pipelines.data.sources.base import NO_LABEL, as_labels, numbered_classes, place
 from pipelines.data.sources.files import check_text, fingerprint, printable, refused, unreadable
 from pipelines.data.sources.images import check_image_bytes, decode_image
-from pipelines.data.sources.paths import SPLIT_NAMES, is_hidden, own_split
+from pipelines.data.sources.paths import own_split, split_of_file
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:  # it takes half a second, which those pay who open a table
@@ -26,7 +25,6 @@ if TYPE_CHECKING:  # it takes half a second, which those pay who open a table
 
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
-_SPLIT = re.compile(rf"({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?![a-z])")
 _BATCH_ROWS = 16
 _BUFFER = 2**20
 """Bytes that are read at a time. Without it a row group's whole column would be, which may be all of the file."""
@@ -36,6 +34,7 @@ class File(NamedTuple):
     """One Parquet file as it was found at opening."""
 
     name: str
+    """Its path below the folder, with forward slashes."""
     group_ends: tuple[int, ...]
     """Rows up to the end of each row group."""
     column: str
@@ -46,7 +45,7 @@ class File(NamedTuple):
 
 
 class Table:
-    """The images of one Parquet file, or of those of a folder sorted by name, in the order of their rows."""
+    """The images of one Parquet file, or of those below a folder sorted by path, in the order of their rows."""
 
     kind = "parquet"
 
@@ -57,7 +56,7 @@ class Table:
         self._folder = folder
         self._files = tuple(files)
         self._ends = tuple(accumulate(file.group_ends[-1] if file.group_ends else 0 for file in files))
-        self._splits = own_split({file.name: _split_by_name(file.name) for file in files})
+        self._splits = own_split({file.name: split_of_file(file.name) for file in files})
         self._rows: tuple[int, int, _Rows] | None = None
 
     def __len__(self) -> int:
@@ -122,13 +121,15 @@ class _Rows:
         return value.get("bytes") if isinstance(value, dict) else value
 
 
-def open_table(path: Path) -> Table:
-    """Images of a Parquet file, or of a folder of them. UserError where a file has no column of images."""
-    folder = path if path.is_dir() else path.parent
-    found = sorted(path.iterdir()) if folder == path else [path]
-    names = [file.name for file in found if is_table(file.name) and file.is_file()]
+def open_table(path: Path, names: Sequence[str] = ()) -> Table:
+    """Images of a Parquet file, or of those of these names below a folder. UserError where one has no column of them.
+
+    The split is in the names of the files or of their folders, as the hubs have it.
+    """
+    folder = path if names else path.parent
+    names = names or [path.name]
     check_text(names, folder)
-    files = [_read_file(folder / name) for name in names]
+    files = [_read_file(folder, name) for name in names]
     labelled = [file for file in files if file.labels is not None]
     for file in labelled:
         if file.names != labelled[0].names:
@@ -143,10 +144,11 @@ def open_table(path: Path) -> Table:
 
 def is_table(name: str) -> bool:
     """Whether a file's name is that of a Parquet file."""
-    return not is_hidden(name) and name.lower().endswith(".parquet")
+    return name.lower().endswith(".parquet")
 
 
-def _read_file(path: Path) -> File:
+def _read_file(folder: Path, called: str) -> File:
+    path = folder / called
     file = _open_parquet(path)
     try:
         schema, metadata = file.schema_arrow, file.metadata
@@ -164,7 +166,7 @@ def _read_file(path: Path) -> File:
         raise
     except Exception as error:
         raise unreadable(path, "a Parquet file", error) from None
-    return File(path.name, tuple(accumulate(sizes)), column, labels, names)
+    return File(called, tuple(accumulate(sizes)), column, labels, names)
 
 
 def _open_parquet(path: Path) -> "pq.ParquetFile":
@@ -221,8 +223,3 @@ def _class_names(schema: Any, column: str) -> tuple[str, ...] | None:
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return tuple(map(str, names)) if isinstance(names, list) and names else None
-
-
-def _split_by_name(name: str) -> str | None:
-    match = _SPLIT.match(name.lower())
-    return SPLIT_NAMES[match[1]] if match else None
