@@ -8,11 +8,11 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from jobs.data_cli import Json, Workers, data
+from jobs.data_cli import HeldOut, Json, Resize, Workers, data
 from jobs.exits import end_process
 from jobs.output import print_result, quiet_stdout
 from pipelines.errors import Refused, UserError
@@ -92,13 +92,8 @@ def ingest(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the dataset.")],
     image_size: Annotated[int, typer.Option(help="Side of the square images, pixels; the centre is taken.")],
     channels: Annotated[int, typer.Option(help="1 (grey) or 3 (RGB).")] = 1,
-    resize: Annotated[
-        Literal["auto", "area", "lanczos"], typer.Option(help="auto: area to shrink, lanczos to grow.")
-    ] = "auto",
-    held_out: Annotated[
-        float | None,
-        typer.Option(help="Share of the images kept from training [default: the source's own split, else 0.2]."),
-    ] = None,
+    resize: Resize = "auto",
+    held_out: HeldOut = None,
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Keep one of images with the same pixels.")
     ] = False,

@@ -1,8 +1,8 @@
-"""`ddpm data ...`: looking at datasets. None of these changes one."""
+"""`ddpm data ...`: tars made a dataset, and looking at datasets. None of these changes an image."""
 
 import functools
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,7 +11,7 @@ from pipelines.errors import Failed, UserError
 
 data = typer.Typer(
     name="data",
-    help="Look at datasets: what is in one, whether it is whole, what tells two apart.",
+    help="Datasets: made of tars that are there; what is in one, whether it is whole, what tells two apart.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -24,8 +24,51 @@ DatasetFolder = Annotated[
 ]
 Window = Annotated[int, typer.Option(help="Shards whose images are shuffled together, `data.window`.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of the order, that of the spec.", min=0)]
+Resize = Annotated[Literal["auto", "area", "lanczos"], typer.Option(help="auto: area to shrink, lanczos to grow.")]
+HeldOut = Annotated[
+    float | None,
+    typer.Option(help="Share of the images kept from training [default: the source's own split, else 0.2]."),
+]
 Workers = Annotated[int | None, typer.Option(help="Ray tasks at a time [default: one a CPU, none for little work].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+
+
+@data.command()
+def index(
+    tars: Annotated[
+        str,
+        typer.Argument(metavar="TARS", help="Folder of WebDataset tars, or s3://bucket/prefix.", show_default=False),
+    ],
+    image_size: Annotated[int, typer.Option(help="Side of the square images, pixels; the centre is taken.")],
+    channels: Annotated[int, typer.Option(help="1 (grey) or 3 (RGB).")] = 3,
+    resize: Resize = "auto",
+    held_out: HeldOut = None,
+    out: Annotated[str | None, typer.Option(help="Folder of the dataset [default: beside the tars].")] = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Make a dataset of tars that are there, which stay as they are where they are."""
+    from jobs.live import listener
+    from pipelines.cluster import Cluster
+    from pipelines.data.index import index as index_tars
+    from pipelines.store import Place
+
+    with quiet_stdout(), listener() as progress, Cluster(None) as cluster:
+        progress.start("index", tars)
+        dataset = index_tars(
+            Place.of(tars),
+            None if out is None else Place.of(out),
+            image_size=image_size,
+            channels=channels,
+            held_out=held_out,
+            resize=resize,
+            cluster=cluster,
+            workers=workers,
+            progress=lambda done, total: progress.advance(done, total, "tars"),
+        )
+        progress.finish("index", f"{len(dataset.split('train')):,} + {len(dataset.split('held-out')):,} images")
+    result = {"out": str(dataset.place), **dataset.card}
+    print_result(as_json, result, lambda: print(f"{dataset.place}  {dataset.digest}"))
 
 
 @data.command()

@@ -17,7 +17,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -111,10 +111,15 @@ class S3Place(Place):
         return self._info().type != fs.FileType.NotFound
 
     def size(self) -> int:
-        info = self._info()
-        if info.type != fs.FileType.File:
-            raise _missing(self)
-        return int(info.size)
+        return int(self._file_info().size)
+
+    def changed(self) -> int:
+        return int(self._file_info().mtime_ns)
+
+    def find(self, suffix: str) -> Sequence[str]:
+        paths = (path.removeprefix(f"{self._location}/") for path in self._objects())
+        shown = (path for path in paths if not any(part.startswith(".") for part in path.split("/")))
+        return sorted(path for path in shown if path.endswith(suffix))
 
     def list(self) -> list[str]:
         selector = fs.FileSelector(self._location, allow_not_found=True)
@@ -149,6 +154,23 @@ class S3Place(Place):
         with an object of its name and a slash, which `list` does not show."""
         with contextlib.suppress(FileNotFoundError):
             self._try("deleted", lambda files: files.delete_file(self._location))
+
+    def remove(self) -> None:
+        """Delete all objects below this prefix, one by one."""
+        for path in self._objects():
+            S3Place(self.bucket, path.removeprefix(f"{self.bucket}/"), self.patience).delete()
+
+    def _objects(self) -> Sequence[str]:
+        """Bucket and key of each object below this prefix."""
+        selector = fs.FileSelector(self._location, allow_not_found=True, recursive=True)
+        found = self._try("listed", lambda files: files.get_file_info(selector))
+        return [info.path for info in found if info.type == fs.FileType.File]
+
+    def _file_info(self) -> Any:
+        info = self._info()
+        if info.type != fs.FileType.File:
+            raise _missing(self)
+        return info
 
     def _info(self) -> Any:
         return self._try("looked up", lambda files: files.get_file_info(self._location))

@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,9 +118,22 @@ class Place:
         except FileNotFoundError:
             return []
 
+    def find(self, suffix: str) -> Sequence[str]:
+        """Paths of the finished files below this folder that end so, with forward slashes, sorted; hidden ones not."""
+        found = []
+        for folder, subfolders, names in os.walk(self.path):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            below = Path(folder).relative_to(self.path)
+            found += [(below / n).as_posix() for n in names if n.endswith(suffix) and not n.startswith(".")]
+        return sorted(found)
+
     def size(self) -> int:
         """Bytes of this file. FileNotFoundError where there is none."""
         return self.path.stat().st_size
+
+    def changed(self) -> int:
+        """When this file was last changed, nanoseconds since the epoch. FileNotFoundError where there is none."""
+        return self.path.stat().st_mtime_ns
 
     def open(self) -> RangeFile:
         """This file, to be read in parts. FileNotFoundError where there is none."""

@@ -7,13 +7,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.data.manifest import CARD, CARD_PAGE, FORMAT, SHARD_COLUMNS, SHARDS, SHEET, SPLITS, Dataset, write_table
+from pipelines.data.manifest import (
+    CARD,
+    CARD_PAGE,
+    FORMAT,
+    SHARD_COLUMNS,
+    SHARDS,
+    SHEET,
+    SPLITS,
+    Dataset,
+    Split,
+    read_table,
+    write_table,
+)
 from pipelines.data.recipe import Recipe
 from pipelines.data.shards import encode_png
 from pipelines.data.write import ShardRecord
 from pipelines.store import Place, sha256
 
 _SHEET_SIDE = 10
+SHEET_IMAGES = _SHEET_SIDE**2
+"""Most images of a contact sheet."""
 _SHEET_CELLS = (48, 128)
 """Small images are enlarged (by whole numbers) towards the first, large ones shrunk to the second, pixels."""
 
@@ -27,11 +41,14 @@ def commit(
     classes: Sequence[str],
     source: Mapping[str, str],
     found: Mapping[str, Any],
-    sheet: bytes,
+    sheet: bytes | Callable[[Split], bytes],
     decode: Literal["exact", "fit"] = "exact",
     tars: str | None = None,
 ) -> Dataset:
-    """Write the files that make shards a dataset, the card last, and open it. `found`: more for the card to tell."""
+    """Write the files that make shards a dataset, the card last, and open it. `found`: more for the card to tell.
+
+    The contact sheet may be drawn of the training split as it will be.
+    """
     columns = {name: [_cell(record, name) for record in records] for name in SHARD_COLUMNS}
     table = write_table(SHARD_COLUMNS, columns)
     mean, deviation = _moments([record for record in records if record.split == SPLITS[0]], recipe)
@@ -50,6 +67,9 @@ def commit(
         "sheet": SHEET,
         "shards_sha256": sha256(table),
     }
+    if callable(sheet):
+        dataset = Dataset(out, card, read_table(table, SHARD_COLUMNS, out / SHARDS))
+        sheet = sheet(dataset.split(SPLITS[0]))
     (out / SHEET).write(sheet)
     (out / SHARDS).write(table)
     (out / CARD_PAGE).write(page(card).encode())
@@ -59,7 +79,7 @@ def commit(
 
 def contact_sheet(count: int, load: Callable[[int], NDArray[np.uint8]]) -> bytes:
     """PNG of up to 100 of `count` images (`load(i)` -> pixels [S, S, C]), evenly spaced through them."""
-    shown = min(count, _SHEET_SIDE**2)
+    shown = min(count, SHEET_IMAGES)
     return sheet_of([load(place * count // shown) for place in range(shown)])
 
 

@@ -5,14 +5,25 @@ without end (CVE-2025-8194). Here every step leads on by at least a block; nothi
 long name is kept in memory.
 """
 
+import hashlib
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from pipelines.store import Place, RangeFile
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_EXTRA = 2**20
 """Largest extended header that is read, bytes."""
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+
+
+_WHOLE = 256 * 2**20
+"""A tar of up to this many bytes is held in memory while it is looked at."""
+_CHUNK = 8 * 2**20
+
+ReadAt = Callable[[int, int], bytes]
+"""Bytes of a file: from an offset, so many, fewer where it ends before."""
 
 
 class _Unreadable(Exception):
@@ -29,9 +40,31 @@ class Member:
     size: int
 
 
-def read_headers(
-    read_at: Callable[[int, int], bytes], size: int, damaged: Callable[[int, str], object]
-) -> Iterator[Member]:
+def open_whole(file: Place, size: int) -> tuple[ReadAt, bytes]:
+    """What reads a file of `size` bytes, fastest from front to back, and the sha256 of all of it (32 bytes)."""
+    if size <= _WHOLE:
+        data = file.read()
+        return (lambda offset, count: data[offset : offset + count]), hashlib.sha256(data).digest()
+    opened, digest = file.open(), hashlib.sha256()
+    for offset in range(0, size, _CHUNK):
+        digest.update(opened.read_at(offset, _CHUNK))
+    return _Ahead(opened).read_at, digest.digest()
+
+
+class _Ahead:
+    """Reads a file that is asked for from front to back, in large pieces."""
+
+    def __init__(self, file: RangeFile) -> None:
+        self._file, self._begins, self._piece = file, 0, b""
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        inside = offset - self._begins
+        if not 0 <= inside <= len(self._piece) - size:
+            self._begins, self._piece, inside = offset, self._file.read_at(offset, max(size, _CHUNK)), 0
+        return self._piece[inside : inside + size]
+
+
+def read_headers(read_at: ReadAt, size: int, damaged: Callable[[int, str], object]) -> Iterator[Member]:
     """The files of a tar of `size` bytes, in order. `read_at(offset, size)` gives bytes of it.
 
     A header that cannot be read is told to `damaged` by its offset and what is wrong, once for each stretch of

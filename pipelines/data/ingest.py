@@ -120,7 +120,7 @@ class _Ingest:
             return self._same_dataset(plan_shards(self.source, self._scan(None), self.recipe))
         existed = self.out.exists()
         check_writable(self.out)
-        with _alone(self.out):
+        with alone(self.out):
             self._begin()
             try:
                 scan = self._scan(self.out / _SCANNED)
@@ -281,13 +281,13 @@ def _tell(source: Source, plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _alone(out: Place) -> Iterator[None]:
-    """Hold the folder, where it can be held: on S3 two who ingest the same write the same."""
+def alone(out: Place) -> Iterator[None]:
+    """Hold a folder that is being made a dataset, where it can be held: on S3 two who do the same write the same."""
     if not out.is_local:
         yield
         return
     lock = out / _LOCK
-    with lock.lock(f"the ingest into {out}"):
+    with lock.lock(f"the dataset in {out}"):
         try:
             yield
         finally:

@@ -38,6 +38,8 @@ BEGUN = "ingest.json"
 SHARDS = "shards.parquet"
 SHEET = "sheet.png"
 CARD_PAGE = "card.md"
+BESIDE = "."
+"""Where tars lie that were there before, in the folder of the card."""
 SPLITS = ("train", "held-out")
 
 Digest = bytes
@@ -199,7 +201,7 @@ class Dataset:
             raise KeyError(f"there is no split {name!r}, only {', '.join(SPLITS)}")
         mask = pyarrow.compute.equal(self.table["split"], name)
         table = self.table.filter(mask)
-        tars = self.place if self.card["tars"] is None else Place.of(self.card["tars"])
+        tars = self.place if self.card["tars"] in (None, BESIDE) else Place.of(self.card["tars"])
         size, channels, fit = self.image_size, self.channels, None
         if self.card["decode"] == "fit":
             fit = functools.partial(fit_stored, image_size=size, channels=channels, resize=self.card["resize"])

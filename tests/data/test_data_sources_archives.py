@@ -205,3 +205,15 @@ def test_labels_beside_the_images_count_only_if_all_have_one(tmp_path: Path) -> 
         assert labels({"a/0.cls": b"3", "a/1.json": bad}, warns=2) == nothing
     write_tar(tmp_path / "a.tar", {"0.png": PICTURE, "0.cls": b"9" * 30})
     refused(tmp_path / "a.tar", "0.cls: its label is not below 1,048,576")
+
+
+def test_tars_whose_labels_are_of_two_kinds_are_refused(tmp_path: Path) -> None:
+    picture = png(noise_picture(0))
+    write_tar(tmp_path / "a.tar", {"0.png": picture, "0.cls": b"3"})
+    write_tar(tmp_path / "b.tar", {"cat/0.png": picture, "dog/1.png": picture})
+    refused(tmp_path, r"b\.tar: its labels are class folders, unlike those of .*a\.tar; give them separately")
+    write_tar(tmp_path / "b.tar", {"1.png": picture})
+    source = open_source(str(tmp_path))
+    assert [source.label(i) for i in range(2)] == [3, NO_LABEL]
+    (tmp_path / "c.tar").write_bytes(b"\x1f\x8b" + bytes(600))
+    refused(tmp_path, r"c\.tar: is packed as a whole")

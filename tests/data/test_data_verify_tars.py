@@ -146,8 +146,8 @@ def test_long_names_are_read_as_other_libraries_read_them(place: Place) -> None:
 
 def test_large_tars_are_read_in_pieces(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     row = read_rows(place, INDEX)[1]
-    monkeypatch.setattr("pipelines.data.check._WHOLE", 0)
-    monkeypatch.setattr("pipelines.data.check._CHUNK", 700)
+    monkeypatch.setattr("pipelines.data.headers._WHOLE", 0)
+    monkeypatch.setattr("pipelines.data.headers._CHUNK", 700)
     assert findings(place) == []
     flip(place.path / TAR, row["offset"] + 5)
     found = findings(place)

@@ -31,6 +31,8 @@ _LABEL_SUFFIXES = (".cls", ".json")
 _LABEL_BYTES = 2**20
 """A larger file beside an image is not read for its label."""
 
+OR_LINKS = ", or which are links"
+
 _ENCRYPTED = 1
 """Bit of a zip member's flags."""
 _UNIX_TYPE = 0o170000 << 16
@@ -59,7 +61,14 @@ class Archive:
     """The images of a zip or a tar, sorted by path."""
 
     def __init__(
-        self, kind: str, path: Path, members: Sequence[Member], layout: Layout, stripped: int, numbered: bool
+        self,
+        kind: str,
+        path: Path,
+        members: Sequence[Member],
+        layout: Layout,
+        stripped: int,
+        numbered: bool,
+        passed_over: int,
     ) -> None:
         self.kind = kind
         self.name = str(path)
@@ -69,6 +78,8 @@ class Archive:
         self.top = members[0].name[: max(0, stripped - 1)]
         """The folder that has all images and is not part of their titles; empty where there is none."""
         self._stripped = stripped
+        self.passed_over = passed_over
+        """Files that are neither images nor their labels."""
         self.numbered = numbered
         """Whether labels are numbers of files beside the images, and the classes named by them."""
 
@@ -99,10 +110,11 @@ def is_packed_tar(path: Path) -> bool:
     return bool(named) or (path.suffix.lower() == ".tar" and read_at(path, 0, 6).startswith(_PACKERS))
 
 
-def open_archive(path: Path, strip: bool = True) -> Archive:
+def open_archive(path: Path, strip: bool = True, quiet: bool = False) -> Archive:
     """The images of a `.zip` or `.tar`. UserError where there is none, or where it is damaged or not to be trusted.
 
-    One folder that has all images is taken for a wrapping, unless `strip` is off: then it is their class.
+    One folder that has all images is taken for a wrapping, unless `strip` is off: then it is their class. What is
+    passed over is told unless `quiet`.
     """
     kind = path.suffix.lower()[1:]
     listed: dict[str, Member] = {}
@@ -136,8 +148,9 @@ def open_archive(path: Path, strip: bool = True) -> Archive:
         passed_over += len(listed) - len(members)
     else:
         layout = layout._replace(classes=numbered_classes([np.array(labels)]), labels=tuple(labels))
-    warn_passed_over(passed_over, path, ", or which are links")
-    return Archive(kind, path, members, layout, stripped, labels is not None)
+    if not quiet:
+        warn_passed_over(passed_over, path, OR_LINKS)
+    return Archive(kind, path, members, layout, stripped, labels is not None, passed_over)
 
 
 def _zip_members(path: Path) -> Iterator[tuple[Member, bool]]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.data.sources.archives import Archive, is_packed_tar, open_archive
+from pipelines.data.sources.archives import OR_LINKS, Archive, is_packed_tar, open_archive
 from pipelines.data.sources.base import NO_LABEL, place
 from pipelines.data.sources.files import check_text, fingerprint, refused
-from pipelines.data.sources.paths import SPLIT_NAMES, own_split, split_of_file
+from pipelines.data.sources.paths import SPLIT_NAMES, own_split, split_of_file, warn_passed_over
 
 
 class Tars:
@@ -71,13 +71,15 @@ def open_tars(root: Path, names: Sequence[str]) -> Tars:
     for name in names:
         if is_packed_tar(root / name):
             raise refused(root / name, "is packed as a whole, so that no image can be read by itself; unpack it first")
-        tars.append(open_archive(root / name))
+        tars.append(open_archive(root / name, quiet=True))
     tops = {tar.top for tar in tars}
     if len(tops) > 1 and not all(top.lower() in SPLIT_NAMES for top in tops):
         # What all images of one tar lie in is no wrapping where others have another: it is a class, or several's.
         tars = [
-            open_archive(root / name, strip=False) if tar.top else tar for name, tar in zip(names, tars, strict=True)
+            open_archive(root / name, strip=False, quiet=True) if tar.top else tar
+            for name, tar in zip(names, tars, strict=True)
         ]
+    warn_passed_over(sum(tar.passed_over for tar in tars), root, OR_LINKS)
     labelled = [tar for tar in tars if tar.classes]
     if other := next((tar for tar in labelled if tar.numbered != labelled[0].numbered), None):
         raise refused(
