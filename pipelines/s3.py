@@ -117,7 +117,9 @@ class S3Place(Place):
         return int(self._file_info().mtime_ns)
 
     def find(self, suffix: str) -> Sequence[str]:
-        paths = (path.removeprefix(f"{self._location}/") for path in self._objects())
+        selector = fs.FileSelector(self._location, allow_not_found=True, recursive=True)
+        found = self._try("listed", lambda files: files.get_file_info(selector))
+        paths = (i.path.removeprefix(f"{self._location}/") for i in found if i.type == fs.FileType.File)
         shown = (path for path in paths if not any(part.startswith(".") for part in path.split("/")))
         return sorted(path for path in shown if path.endswith(suffix))
 
@@ -156,15 +158,9 @@ class S3Place(Place):
             self._try("deleted", lambda files: files.delete_file(self._location))
 
     def remove(self) -> None:
-        """Delete all objects below this prefix, one by one."""
-        for path in self._objects():
-            S3Place(self.bucket, path.removeprefix(f"{self.bucket}/"), self.patience).delete()
-
-    def _objects(self) -> Sequence[str]:
-        """Bucket and key of each object below this prefix."""
-        selector = fs.FileSelector(self._location, allow_not_found=True, recursive=True)
-        found = self._try("listed", lambda files: files.get_file_info(selector))
-        return [info.path for info in found if info.type == fs.FileType.File]
+        """Delete all objects below this prefix; not at once, so that a reader may find some of them."""
+        with contextlib.suppress(FileNotFoundError):
+            self._try("deleted", lambda files: files.delete_dir(self._location))
 
     def _file_info(self) -> Any:
         info = self._info()

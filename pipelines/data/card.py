@@ -99,7 +99,7 @@ def sheet_of(images: Sequence[NDArray[np.uint8]]) -> bytes:
 def page(card: Mapping[str, Any]) -> str:
     """The card as Markdown."""
     side, kind = card["image_size"], {1: "grey", 3: "RGB"}[card["channels"]]
-    splits = card["splits"]
+    splits = {name: card["splits"][name] for name in SPLITS}  # a card that was read has them sorted
     lines = [
         f"# {card['source']['name'].rstrip('/').rsplit('/', 1)[-1]}",
         "",

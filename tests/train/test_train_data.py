@@ -10,6 +10,7 @@ import torch
 from pipelines.data.damage import Damage
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset, read_index
+from pipelines.data.order import owned_slots
 from pipelines.data.pixels import to_model
 from pipelines.data.reader import Reader
 from pipelines.spec import Spec
@@ -18,6 +19,8 @@ from pipelines.train.augment import augment, shifted
 from pipelines.train.loop import Trainer, World, train
 from pipelines.train.run import Run
 from tests.conftest import tiny_spec
+from tests.data.dataset_helpers import write_dataset
+from tests.s3_faults import BUCKET, s3_server, set_environment
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +147,49 @@ def test_other_ways_to_read_are_the_same_run() -> None:
     assert tiny_spec(data__on_error="skip", data__cache=cache, data__workers=3).training_fields() == plain
     assert tiny_spec(data__shift=1).training_fields() != plain
     assert "shift" not in plain["data"]
+
+
+@pytest.mark.parametrize("images", [1, 5, 40])
+def test_fewer_images_than_a_batch_are_trained_on_the_same_by_any_number_of_workers(
+    images: int, tmp_path: Path
+) -> None:
+    """One shard or two: ranks own slots, not shards. Batches of 32 straddle epochs."""
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 1), dtype=np.uint8)
+    dataset = write_dataset(tmp_path / "data", (pixels, [-1] * images), (pixels[:0], []), shard_images=30)
+    spec = tiny_spec(train__images=64)
+    run = run_of(spec, dataset, tmp_path)
+    outcome = train(spec, dataset, run)
+    assert (outcome.step, outcome.images) == (2, 64)
+    seen: dict[int, np.ndarray] = {}
+    for rank in range(4):
+        trainer = Trainer(spec, dataset, run_of(spec, dataset, tmp_path / "ranks"), World())
+        trainer.owned = owned_slots(rank, 4, 4)
+        with trainer.stream() as stream:
+            step, slot, batch, _ = next(stream)
+            assert step == 0
+            seen[slot] = batch
+    order = dataset.split("train").order(spec.data.window, spec.seed)
+    shards, rows = order.locate(np.arange(32))
+    assert np.array_equal(np.concatenate([seen[slot] for slot in range(4)]), pixels[shards * 30 + rows])
+
+
+def test_data_on_s3_give_the_same_bits_through_a_cache_or_without(
+    whole: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tiny_spec(train__images=320)
+    local = run_of(spec, whole, tmp_path / "local")
+    step = train(spec, whole, local).step
+    with s3_server() as port:
+        set_environment(monkeypatch, f"http://127.0.0.1:{port}")
+        place = Place.of(f"s3://{BUCKET}/digits")
+        remote = ingest("digits", place, image_size=8, channels=1, held_out=0.4, shard_images=100)
+        assert {name: (place / name).read() for name in place.list()} == {
+            name: (whole.place / name).read() for name in whole.place.list()
+        }
+        for cache in (None, {"folder": str(tmp_path / "cache"), "gib": 0.001}):
+            spec = tiny_spec(train__images=320, data__cache=cache)
+            run = run_of(spec, Dataset.open(remote.place), tmp_path / str(cache is None))
+            train(spec, Dataset.open(remote.place), run)
+            assert run.name == local.name
+            assert run.checkpoints.digests(step) == local.checkpoints.digests(step)
+    assert list((tmp_path / "cache").glob("*.tar"))
