@@ -5,7 +5,6 @@ other libraries' prints go to stderr. Exit codes: 0 done, 1 failed, 2 bad input,
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,7 +12,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from jobs.data_cli import HeldOut, Json, Resize, Workers, data
 from jobs.exits import end_process
+from jobs.output import print_result, quiet_stdout
 from pipelines.errors import Refused, UserError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(data)
 
 SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="A spec file (YAML).", show_default=False)]
 ModelName = Annotated[
@@ -41,7 +43,6 @@ Storage = Annotated[str | None, typer.Option(help="Folder of the store [default:
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow [default: spec, $MLFLOW_TRACKING_URI, mlflow.db in the store].")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 _SAMPLE_OPTIONS = {"sample.n": "--n", "sample.seed": "--seed"}
 """Fields of a spec for which `sample` has options of its own."""
@@ -74,27 +75,39 @@ def run(
         except Refused as no:
             refused, result = no, no.result
     if refused is None or not as_json:  # as JSON, a refusal brings the result along
-        _print(as_json, asdict(result), lambda: show_run(result, ui_command(session)))
+        print_result(as_json, asdict(result), lambda: show_run(result, ui_command(session)))
     if refused is not None:
         raise refused
 
 
 @app.command()
 def ingest(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="`digits`, or a folder of images.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="`digits`, or images: a folder, zip, tar, Parquet, IDX, npz, npy or CIFAR's binary files.",
+        ),
+    ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the dataset.")],
-    image_size: Annotated[int, typer.Option(help="Side of the square images, pixels.")],
+    image_size: Annotated[int, typer.Option(help="Side of the square images, pixels; the centre is taken.")],
     channels: Annotated[int, typer.Option(help="1 (grey) or 3 (RGB).")] = 1,
-    held_out: Annotated[float, typer.Option(help="Share of the images kept from training.")] = 0.2,
+    resize: Resize = "auto",
+    held_out: HeldOut = None,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Keep one of images with the same pixels.")
+    ] = False,
     shard_images: Annotated[int, typer.Option(help="Images a shard.")] = 1000,
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Images become WebDataset shards with an index."""
+    """Images become WebDataset shards with an index. A killed ingest goes on with what is missing."""
     from jobs.live import listener
+    from pipelines.cluster import Cluster
     from pipelines.data.ingest import ingest as ingest_source
     from pipelines.store import Place
 
-    with _quiet_stdout(), listener() as progress:
+    with quiet_stdout(), listener() as progress, Cluster(None) as cluster:
         progress.start("ingest", source)
         dataset = ingest_source(
             source,
@@ -103,10 +116,16 @@ def ingest(
             channels=channels,
             held_out=held_out,
             shard_images=shard_images,
+            resize=resize,
+            drop_duplicates=drop_duplicates,
+            cluster=cluster,
+            workers=workers,
             progress=lambda done, total: progress.advance(done // 2, total // 2, "images"),
         )
         progress.finish("ingest", f"{len(dataset.split('train')):,} + {len(dataset.split('held-out')):,} images")
-    _print(as_json, {"out": str(dataset.place), **dataset.card}, lambda: print(f"{dataset.place}  {dataset.digest}"))
+    print_result(
+        as_json, {"out": str(dataset.place), **dataset.card}, lambda: print(f"{dataset.place}  {dataset.digest}")
+    )
 
 
 @app.command()
@@ -124,7 +143,7 @@ def train(
     parsed = load_spec(spec, overrides or ())
     with _session(parsed, storage, tracking_uri) as session:
         done = run_training(parsed, session)
-    _print(as_json, done, lambda: print(f"{done['run']}  {done['checkpoint']}"))
+    print_result(as_json, done, lambda: print(f"{done['run']}  {done['checkpoint']}"))
 
 
 @app.command()
@@ -149,7 +168,7 @@ def evaluate(
         evaluation = evaluate_model(found, Dataset.open(Place.of(against)), found.spec, session)
         session.progress.finish("evaluate", evaluation.summary())
     result = evaluation.to_json()
-    _print(as_json, result, lambda: show_scores(result["scores"], result["evidence"]))
+    print_result(as_json, result, lambda: show_scores(result["scores"], result["evidence"]))
 
 
 @app.command()
@@ -168,7 +187,7 @@ def sweep(
     parsed = load_spec(spec, overrides or ())
     with _session(parsed, storage, tracking_uri) as session:
         outputs = run_sweep(parsed, session)
-    _print(as_json, outputs, lambda: show_sweep(outputs))
+    print_result(as_json, outputs, lambda: show_sweep(outputs))
 
 
 @app.command()
@@ -199,7 +218,7 @@ def sample(
         samples = sample_job(found, settings, n, Place.of(out), session.cluster, workers, session.progress)
         grid = draw_grid(samples)
         session.progress.finish("sample", f"{n:,} images, grid at {grid}")
-    _print(as_json, {**asdict(samples), "grid": str(grid)}, lambda: print(f"{samples.out}  {samples.sha256}"))
+    print_result(as_json, {**asdict(samples), "grid": str(grid)}, lambda: print(f"{samples.out}  {samples.sha256}"))
 
 
 @app.command()
@@ -221,7 +240,7 @@ def export(
     with _session(None, storage, tracking_uri) as session:
         found = find_model(model, session.store, session.tracker, overrides or (), verb="export")
         files = export_diffusers(found, out)
-    _print(as_json, {"out": out, "model": found.origin, "files": files}, lambda: print(f"{out}  {found.origin}"))
+    print_result(as_json, {"out": out, "model": found.origin, "files": files}, lambda: print(f"{out}  {found.origin}"))
 
 
 @app.command()
@@ -242,7 +261,7 @@ def register(
     spec = find_run(run, store).spec().model_copy(update={"ray": RayCluster()})  # where it ran need not be here
     with _session(spec, str(store), tracking_uri) as session:
         outputs = register_finished(find_run(run, store), session)
-    _print(as_json, outputs, lambda: print(outputs["summary"]))
+    print_result(as_json, outputs, lambda: print(outputs["summary"]))
 
 
 @app.command()
@@ -258,7 +277,7 @@ def promote(
 
     with _session(None, storage, tracking_uri) as session:
         decision = promote_by_name(name, version, session.tracker.existing(), session.store)
-    _print(as_json, decision, lambda: print(f"{name} version {decision['version']} is champion"))
+    print_result(as_json, decision, lambda: print(f"{name} version {decision['version']} is champion"))
 
 
 @app.command()
@@ -274,7 +293,7 @@ def models(
 
     with _session(None, storage, tracking_uri) as session:
         found = list_models(session.tracker.existing(), name)
-    _print(as_json, {"models": found}, lambda: show_models(found))
+    print_result(as_json, {"models": found}, lambda: show_models(found))
 
 
 @app.command()
@@ -294,7 +313,7 @@ def submit(
         print(line, file=sys.stderr, flush=True)
 
     done = submit_job(load_spec(spec, overrides or (), resolve=False), to, storage, tracking_uri, say)
-    _print(as_json, asdict(done), lambda: print(f"{done.job}  {done.status}"))
+    print_result(as_json, asdict(done), lambda: print(f"{done.job}  {done.status}"))
     sys.exit(done.exit_code)
 
 
@@ -320,19 +339,5 @@ def _session(spec: Any, storage: str | None, tracking_uri: str | None) -> Iterat
     from pipelines.session import open_session
 
     address = spec.ray.address if spec is not None else None
-    with _quiet_stdout(), listener() as progress, Cluster(address) as cluster:
+    with quiet_stdout(), listener() as progress, Cluster(address) as cluster:
         yield open_session(cluster, progress, spec, storage, tracking_uri)
-
-
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """Stdout is for results: what libraries print goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-def _print(as_json: bool, value: Any, show: Any) -> None:
-    if as_json:
-        print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
-    else:
-        show()

@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines.data.ingest import ingest
-from pipelines.data.manifest import CARD, Dataset
-from pipelines.data.sources import open_source
+from pipelines.data.manifest import Dataset
 from pipelines.errors import Refused, UserError
+from pipelines.ingested import ingested
 from pipelines.models import Model, of_checkpoint
 from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.steps import Done, Step, Steps
-from pipelines.store import Place, identity, sha256
+from pipelines.store import Place, sha256
 from pipelines.train.run import Run, check_trainable, run_name, training_identity
 
 
@@ -41,8 +40,7 @@ def run(spec: Spec, session: Session) -> Result:
     Refused, with the result so far, where a gate says no.
     """
     steps = Steps(session.store / "steps", session.progress)
-    ingested = steps.run(ingest_step(spec, session))
-    dataset = Dataset.open(session.store / ingested.outputs["dataset"])
+    dataset, ingest = ingested(spec, session, steps)
     _check_evaluable(spec, dataset)
     trained = steps.run(train_step(spec, dataset, session))
     training = Run(session.store / "runs" / trained.outputs["run"])
@@ -52,7 +50,7 @@ def run(spec: Spec, session: Session) -> Result:
     sampled = steps.run(sample_step(spec, dataset, model, training, session))
     registered = steps.run(register_step(spec, dataset, model, training, evaluated, session))
     every = {
-        "ingest": ingested,
+        "ingest": ingest,
         "train": trained,
         "evaluate": evaluated,
         "sample": sampled,
@@ -101,7 +99,7 @@ def _check_evaluable(spec: Spec, dataset: Dataset) -> None:
 def run_training(spec: Spec, session: Session) -> dict[str, Any]:
     """Ingest and train, or find both done; where the trained checkpoint is and what is in it."""
     steps = Steps(session.store / "steps", session.progress)
-    dataset = Dataset.open(session.store / steps.run(ingest_step(spec, session)).outputs["dataset"])
+    dataset, _ = ingested(spec, session, steps)
     done = steps.run(train_step(spec, dataset, session))
     if done.skipped:  # MLflow may have been out of reach then, or be another one now
         session.tracker.ship(Run(session.store / "runs" / done.outputs["run"]), spec, dataset, final=True)
@@ -113,7 +111,7 @@ def run_sweep(spec: Spec, session: Session) -> dict[str, Any]:
     from pipelines.sweep import sweep_step
 
     steps = Steps(session.store / "steps", session.progress)
-    dataset = Dataset.open(session.store / steps.run(ingest_step(spec, session)).outputs["dataset"])
+    dataset, _ = ingested(spec, session, steps)
     return steps.run(sweep_step(spec, dataset, session)).outputs
 
 
@@ -123,39 +121,13 @@ def register_finished(training: Run, session: Session) -> dict[str, Any]:
     if not training.checkpoints.verifies(spec.train.total_steps):
         raise UserError(f"run {training.name}: its training has not ended; `ddpm train` its spec first")
     steps = Steps(session.store / "steps", session.progress)
-    dataset = Dataset.open(session.store / steps.run(ingest_step(spec, session)).outputs["dataset"])
+    dataset, _ = ingested(spec, session, steps)
     if dataset.digest != training.description()["dataset_digest"]:
         raise UserError(f"run {training.name}: its data source has changed since, so it cannot be evaluated as it was")
     model = of_checkpoint(training, spec.train.total_steps)
     evaluated = steps.run(evaluate_step(spec, dataset, model, session))
     steps.run(sample_step(spec, dataset, model, training, session))
     return steps.run(register_step(spec, dataset, model, training, evaluated, session)).outputs
-
-
-def ingest_step(spec: Spec, session: Session) -> Step:
-    """Images become shards."""
-    source = open_source(spec.data.source)
-    recipe = {name: getattr(spec.data, name) for name in ("image_size", "channels", "held_out", "shard_images")}
-    inputs = {"kind": source.kind, "name": source.name, "fingerprint": source.fingerprint(), **recipe}
-    folder = f"datasets/{spec.name}-{identity(inputs)[:12]}"
-
-    def work() -> dict[str, Any]:
-        def report(done: int, total: int) -> None:
-            session.progress.advance(done // 2, total // 2, "images")
-
-        dataset = ingest(source, session.store / folder, progress=report, **recipe)
-        counts = {split: len(dataset.split(split)) for split in ("train", "held-out")}
-        summary = f"{counts['train']:,} images to train on, {counts['held-out']:,} held out"
-        return {"dataset": folder, "digest": dataset.digest, **counts, "summary": summary}
-
-    return Step(
-        name="ingest",
-        version=1,
-        inputs=inputs,
-        work=work,
-        needs=lambda outputs: (session.store / outputs["dataset"] / CARD).exists(),
-        doing=f"{spec.data.source} into WebDataset shards",
-    )
 
 
 def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:

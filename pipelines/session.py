@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from pipelines.cluster import Cluster
+from pipelines.errors import UserError
 from pipelines.progress import Progress
 from pipelines.spec import Spec
 from pipelines.store import Place, check_writable
@@ -25,8 +26,14 @@ class Session:
 
 
 def storage_of(spec: Spec | None, storage: str | None) -> str:
-    """Where the store is: `storage` (--storage), else the spec's, else $DDPM_STORAGE, else ./ddpm-store."""
-    return storage or (spec.storage if spec else None) or os.environ.get("DDPM_STORAGE") or DEFAULT_STORE
+    """Where the store is: `storage` (--storage), else the spec's, else $DDPM_STORAGE, else ./ddpm-store.
+
+    UserError for an address: runs need locks and renames, which only folders have.
+    """
+    found = storage or (spec.storage if spec else None) or os.environ.get("DDPM_STORAGE") or DEFAULT_STORE
+    if "://" in found and not found.startswith("file://"):
+        raise UserError(f"storage {found}: only local folders are supported, give a path")
+    return found
 
 
 def open_session(

@@ -126,6 +126,8 @@ class Spec(Section):
         if self.train.ema_profiles:
             train["ema_snapshot_every"] = self.train.snapshot_every
         data = {"window": self.data.window, "flip": self.data.flip}
+        if self.data.shift:  # without it, a run is what it was before there was such a field
+            data["shift"] = self.data.shift
         return {
             "seed": self.seed,
             "data": data,
@@ -165,8 +167,13 @@ def resolve_paths(spec: Spec) -> Spec:
         return str(Path(text).expanduser().absolute())
 
     changes: dict[str, Any] = {}
-    if spec.data.source != "digits":
-        changes["data"] = spec.data.model_copy(update={"source": absolute(spec.data.source)})
+    data: dict[str, Any] = {}
+    if spec.data.source != "digits" and "://" not in spec.data.source:
+        data["source"] = absolute(spec.data.source)
+    if (cache := spec.data.cache) is not None:
+        data["cache"] = cache.model_copy(update={"folder": absolute(cache.folder)})
+    if data:
+        changes["data"] = spec.data.model_copy(update=data)
     if spec.storage is not None and "://" not in spec.storage:
         changes["storage"] = absolute(spec.storage)
     if spec.train.init_from is not None:

@@ -1,7 +1,8 @@
 """Places where files live, and the one way to write them: whole or not at all.
 
-A `Place` is a folder: everything in the store is read and written through it, as bytes, so that no other module
-knows what kind of storage is below. Local commit: write to a temporary name, fsync, rename, fsync the parent.
+A `Place` is a folder or a file: everything in the store is read and written through it, as bytes, so that no other
+module knows what kind of storage is below. Local commit: write to a temporary name, fsync, rename, fsync the parent.
+Data may lie on S3 too (`pipelines.s3`); a store may not, for S3 has neither locks nor renames.
 """
 
 import contextlib
@@ -11,22 +12,39 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
-from pipelines.errors import UserError
+from pipelines.errors import Failed, UserError, one_line
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_FORMAT = 1
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
 
 
 class DamageError(ValueError):
     """Stored bytes are not what their record says; the message names the file."""
+
+
+class StorageError(Failed):
+    """The storage does not answer as it should: what is stored may well be whole. The message names the file."""
+
+
+class RangeFile(Protocol):
+    """A file open for reading anywhere. Threads may share it; it is closed with its last reference at the latest."""
+
+    gap: int
+    """Bytes that are sooner read than skipped by another request; 0 where requests cost nothing."""
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on, fewer where the file ends before. StorageError where they cannot be had."""
+
+    def close(self) -> None: ...
 
 
 def canonical_json(value: Any) -> str:
@@ -44,21 +62,28 @@ def identity(value: Any) -> str:
     return sha256(canonical_json(value))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Place:
-    """A folder of the store. `Place.of(uri) / "runs" / "digits-..."`."""
+    """A folder or a file of the store. `Place.of(uri) / "runs" / "digits-..."`."""
 
     path: Path
+    is_local: ClassVar[bool] = True
+    """Whether it is on this host's file system: only there are locks, and reading costs no requests."""
 
     @staticmethod
     def of(uri: str | os.PathLike[str]) -> "Place":
+        """The place at a path, a file:// or an s3://bucket/prefix address. UserError for any other."""
         text = os.fspath(uri)
-        if "://" in text:
-            scheme, rest = text.split("://", 1)
-            if scheme != "file":
-                raise UserError(f"storage {text}: only local folders are supported, give a path")
-            text = rest
-        return Place(Path(text).expanduser().absolute())
+        scheme, separator, rest = text.partition("://")
+        if not separator:
+            return Place(Path(text).expanduser().absolute())
+        if scheme == "file":
+            return Place(Path(rest).expanduser().absolute())
+        if scheme == "s3":
+            from pipelines.s3 import S3Place  # those who read S3 alone wait for pyarrow
+
+            return S3Place.of(text)
+        raise UserError(f"storage {text}: {scheme} is not known here; give a path, or s3://bucket/prefix for data")
 
     def __truediv__(self, name: str) -> "Place":
         return Place(self.path / name)
@@ -66,9 +91,22 @@ class Place:
     def __str__(self) -> str:
         return str(self.path)
 
+    def __repr__(self) -> str:
+        return f"Place({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Place) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
     @property
     def name(self) -> str:
         return self.path.name
+
+    def is_within(self, folder: str | os.PathLike[str]) -> bool:
+        """Whether this is a folder of this host's, or lies below it."""
+        return self.path.is_relative_to(Path(folder).absolute())
 
     def exists(self) -> bool:
         return self.path.exists()
@@ -76,11 +114,38 @@ class Place:
     def list(self) -> list[str]:
         """Names of the finished entries of this folder, sorted; none where there is no folder."""
         try:
-            return sorted(n for n in os.listdir(self.path) if not n.startswith(_TEMPORARY))
+            return sorted(n for n in os.listdir(self.path) if not n.startswith(TEMPORARY))
         except FileNotFoundError:
             return []
 
+    def find(self, suffix: str) -> Sequence[str]:
+        """Paths of the finished files below this folder that end so, with forward slashes, sorted; hidden ones not."""
+        found = []
+        for folder, subfolders, names in os.walk(self.path):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            below = Path(folder).relative_to(self.path)
+            found += [(below / n).as_posix() for n in names if n.endswith(suffix) and not n.startswith(".")]
+        return sorted(found)
+
+    def size(self) -> int:
+        """Bytes of this file. FileNotFoundError where there is none."""
+        return self.path.stat().st_size
+
+    def changed(self) -> int:
+        """When this file was last changed, nanoseconds since the epoch. FileNotFoundError where there is none."""
+        return self.path.stat().st_mtime_ns
+
+    def open(self) -> RangeFile:
+        """This file, to be read in parts. FileNotFoundError where there is none."""
+        try:
+            return LocalFile(str(self), os.open(self.path, os.O_RDONLY))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(f"{self}: cannot be read: {one_line(error)}") from None
+
     def read(self) -> bytes:
+        """All bytes of this file. FileNotFoundError where there is none."""
         return self.path.read_bytes()
 
     def read_json(self) -> Any:
@@ -90,7 +155,7 @@ class Place:
         """Commit one file: after this returns it is whole and durable, and a kill before leaves the old one."""
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
             _write_durably(temporary, data)
             os.replace(temporary, self.path)
@@ -103,11 +168,15 @@ class Place:
     def write_json(self, value: Any) -> None:
         self.write((json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
+    def delete(self) -> None:
+        """Delete this file; nothing happens where there is none."""
+        self.path.unlink(missing_ok=True)
+
     def claim(self, data: bytes) -> bool:
         """Create this file if it does not exist; False where somebody else was first."""
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
             _write_durably(temporary, data)
             os.link(temporary, self.path)
@@ -127,7 +196,7 @@ class Place:
         manifest = {"format": MANIFEST_FORMAT, "files": {n: sha256(d) for n, d in sorted(files.items())}}
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
         temporary.mkdir()
         try:
             for name, data in files.items():
@@ -181,7 +250,7 @@ class Place:
 
     def remove(self) -> None:
         """Delete this folder: renamed out of sight first, so that no reader finds half of it."""
-        temporary = self.path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        temporary = self.path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, temporary)
             shutil.rmtree(temporary)
@@ -190,7 +259,7 @@ class Place:
         """Remove what killed writers left half-written in this folder. Only for the holder of its lock."""
         with contextlib.suppress(FileNotFoundError):
             for entry in os.scandir(self.path):
-                if entry.name.startswith(_TEMPORARY):
+                if entry.name.startswith(TEMPORARY):
                     if entry.is_dir(follow_symlinks=False):
                         shutil.rmtree(entry.path, ignore_errors=True)
                     else:
@@ -220,12 +289,33 @@ class Place:
                 file.truncate(0)
 
 
+class LocalFile:
+    """A `RangeFile` on this host, of a descriptor that it takes over."""
+
+    gap = 0
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        self._name, self._descriptor = name, descriptor
+        # With the last reference: another thread may be reading a file that its opener has done with.
+        self._close = weakref.finalize(self, os.close, descriptor)
+        self._close.atexit = False  # the end of the process closes it too, and a thread may still be reading then
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            raise StorageError(f"{self._name}: cannot be read: {one_line(error)}") from None
+
+    def close(self) -> None:
+        self._close()
+
+
 def check_writable(place: Place) -> None:
     """UserError where files cannot be made below this place."""
-    probe = place / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    probe = place / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         probe.write(b"")
-        probe.path.unlink()
+        probe.delete()
     except OSError as error:
         raise UserError(
             f"storage {place}: cannot write there ({error.strerror}); name a folder that you may write to"

@@ -58,6 +58,8 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
     """The sweep as a step: the same spec and data are swept once."""
     if spec.sweep is None:
         raise UserError("sweep: this spec has no `sweep:` section, add one with the parameters to try")
+    if len(dataset.split("held-out")) < 4:
+        raise UserError("data.held_out: fewer than 4 images are held out, too few to rank trials by; raise it")
     trials = trial_specs(spec)
     for _, trial in trials:
         check_trainable(trial, dataset)
@@ -129,7 +131,7 @@ def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Tri
     for run, (_, trial) in zip(runs, trials, strict=True):
         run.describe(trial, dataset.digest)
         (run.place / LIVE).path.unlink(missing_ok=True)
-    feature_net(dataset, spec.evaluate, session)
+    feature_net(dataset, spec, session)
     folder = session.store / "sweeps" / name
     setting = {
         "dataset": str(dataset.place),

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.store import MANIFEST, DamageError, Place, check_writable
+from pipelines.session import storage_of
+from pipelines.store import MANIFEST, DamageError, Place, StorageError, check_writable
 
 
 def test_write_replaces_whole_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -96,5 +97,56 @@ def test_unwritable_store_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there"):
         check_writable(Place.of(tmp_path / "file" / "store"))
-    with pytest.raises(UserError, match="only local folders"):
-        Place.of("s3://bucket/store")
+
+
+def test_a_store_is_a_folder() -> None:
+    for address in ("s3://bucket/store", "gs://bucket/store"):
+        with pytest.raises(UserError, match=f"storage {address}: only local folders are supported, give a path"):
+            storage_of(None, address)
+    assert storage_of(None, "file:///folder") == "file:///folder"
+
+
+def test_files_are_read_in_parts(tmp_path: Path) -> None:
+    file = Place.of(f"file://{tmp_path}") / "x"
+    file.write(b"0123456789")
+    part = file.open()
+    file.write(b"other")  # whoever has it open reads on in what it was
+    assert [part.read_at(2, 3), part.read_at(8, 5), part.read_at(10, 1), part.read_at(99, 1)] == [
+        b"234",
+        b"89",
+        b"",
+        b"",
+    ]
+    part.close()
+    part.close()
+    assert file.size() == 5
+    with pytest.raises(StorageError, match=r"cannot be read: .*directory"):
+        Place.of(tmp_path).open().read_at(0, 1)
+    file.delete()
+    file.delete()
+    with pytest.raises(FileNotFoundError):
+        file.open()
+    with pytest.raises(FileNotFoundError):
+        file.size()
+
+
+def test_open_files_close_with_their_last_reference(tmp_path: Path) -> None:
+    file = Place.of(tmp_path) / "x"
+    file.write(b"1")
+    before = os.listdir("/proc/self/fd")
+    part = file.open()
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 1
+    del part
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_places_know_where_they_are(tmp_path: Path) -> None:
+    place = Place.of(tmp_path) / "a"
+    assert place.is_local
+    assert place.is_within(tmp_path)
+    assert place.is_within(str(tmp_path / "a"))
+    assert not place.is_within(tmp_path / "b")
+    remote = Place.of("s3://bucket/a")
+    assert not remote.is_local
+    assert not remote.is_within(tmp_path)
+    assert place == Place.of(tmp_path / "a") != remote

@@ -37,7 +37,7 @@ def portable(spec: Spec, storage: str | None, tracking_uri: str | None) -> Spec:
             f"tracking.uri: {tracker} is a relative path, which differs from host to host: give an absolute one "
             "(sqlite:////absolute/mlflow.db) or an MLflow server's address"
         )
-    if spec.data.source != "digits" and not Path(spec.data.source).is_absolute():
+    if spec.data.source != "digits" and "://" not in spec.data.source and not Path(spec.data.source).is_absolute():
         raise UserError(
             f"data.source: {spec.data.source} is a relative path, which differs from host to host: "
             "give --set data.source=/an/absolute/path/that/every/host/sees"

@@ -1,95 +1,61 @@
 """Ingest: a source of images becomes a dataset of WebDataset shards.
 
-    scan     decode every image once: its content's hash, or the error that stops all before anything is written
+    scan     decode every image once: its content's hash, or the error that stops all before any shard is written
     plan     which image goes into which shard, and the dataset's digest: a pure function of the scan
-    write    one shard and its index: a pure function of (source, plan), so that any process may do it
+    write    one shard and its index: a pure function of (source, recipe, plan), so that any process may do it
     commit   contact sheet, table of shards and, last, the card
 
-The same images and the same recipe give the same bytes. A killed ingest leaves no card, so nothing of it is taken
-for a dataset.
+Scan and write run over chunks of the source, as Ray tasks where there is more than a little to do. Each leaves a
+record, and an ingest that was killed goes on with what has none. The same images and the same recipe give the same
+bytes, whatever ran where and however often it was killed; without the card, nothing of it is taken for a dataset.
 """
 
-import hashlib
-import io
+import contextlib
+import functools
 import re
-import tarfile
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+import pyarrow as pa
 
+from pipelines.cluster import Cluster
+from pipelines.data.card import commit, contact_sheet
 from pipelines.data.manifest import (
     BEGUN,
     CARD,
+    CARD_PAGE,
     FORMAT,
-    INDEX_COLUMNS,
-    SHARD_COLUMNS,
     SHARDS,
     SHEET,
     SPLITS,
     Dataset,
-    Digest,
     content_hash,
-    dataset_digest,
-    index_name,
+    read_table,
     write_table,
 )
-from pipelines.data.shards import encode_png, pack
-from pipelines.data.sources import NO_LABEL, Source, open_source
+from pipelines.data.plan import TRAIN, Plan, Scan, own_split, plan_shards
+from pipelines.data.recipe import Recipe, Resize
+from pipelines.data.sources import Source, open_source
+from pipelines.data.work import over_chunks
+from pipelines.data.write import DONE, ShardRecord, write_shard, written
 from pipelines.errors import UserError
-from pipelines.store import Place, check_writable, sha256
+from pipelines.store import Place, check_writable, identity
 
 Progress = Callable[[int, int], None]
 
-_SHEET_SIDE = 10
-_SHEET_CELLS = (48, 128)
-"""Small images are enlarged (by whole numbers) towards the first, large ones shrunk to the second, pixels."""
+HELD_OUT_SHARE = 0.2
+"""Share of the images that are held out where neither the caller nor the source says."""
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is made of the source."""
-
-    image_size: int
-    channels: int
-    held_out: float
-    shard_images: int
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One shard to be written: images of the source, and the content that the scan saw in each."""
-
-    name: str
-    split: str
-    items: tuple[int, ...]
-    contents: tuple[bytes, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All shards, in order, and the digest that the dataset will have."""
-
-    shards: tuple[ShardPlan, ...]
-    digest: str
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """What was written, and sums over its pixels that the card's mean and deviation are made of."""
-
-    name: str
-    split: str
-    samples: int
-    bytes: int
-    sha256: Digest
-    index_sha256: Digest
-    pixel_sum: tuple[int, ...]
-    pixel_square_sum: tuple[int, ...]
+_CHUNK = 1000
+"""Images of a chunk of the scan."""
+_SCANNED = "scan"
+"""Folder of the scan's records, while the ingest lasts."""
+_LOCK = "lock"
+_SCAN_COLUMNS = {"content": pa.binary(32), "width": pa.int64(), "height": pa.int64()}
 
 
 def ingest(
@@ -98,224 +64,232 @@ def ingest(
     *,
     image_size: int,
     channels: int,
-    held_out: float,
-    shard_images: int,
+    held_out: float | None = None,
+    shard_images: int = 1000,
+    resize: Resize = "auto",
+    drop_duplicates: bool = False,
+    cluster: Cluster | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
     """Make the dataset of a source in folder `out` and open it.
 
-    Every image is visited twice (scan, write): `progress(done, total)` counts visits. Where `out` already holds
-    this very dataset nothing is written; where it holds another one that is refused. UserError names what is
-    wrong with the source or the recipe, and then nothing has been written.
+    With a cluster, the work is shared out as `over_chunks` says. A source that has a split of its own keeps it,
+    whatever `held_out` says (by default 0.2), with a warning where it is said. Every image is visited twice (scan,
+    write): `progress(done, total)` counts visits. Where `out` already holds this very dataset nothing is written;
+    where it holds another one that is refused. UserError names what is wrong with the source or the recipe, and then
+    nothing is left in `out`.
     """
-    recipe = Recipe(image_size, channels, held_out, shard_images)
-    _check(recipe)
+    recipe = Recipe(
+        image_size=image_size,
+        channels=channels,
+        held_out=HELD_OUT_SHARE if held_out is None else held_out,
+        shard_images=shard_images,
+        resize=resize,
+        drop_duplicates=drop_duplicates,
+    )
     source = open_source(source) if isinstance(source, str) else source
-    if source.kind == "folder" and out.path.is_relative_to(source.name):
+    if source.kind == "folder" and all((Path(source.name) / name).is_file() for name in (CARD, SHARDS)):
+        raise UserError(f"data.source: {source.name} is a dataset already, which needs no ingest; give its images")
+    if Path(source.name).is_dir() and source.kind != "digits" and out.is_within(source.name):
         raise UserError(f"{out} lies inside data.source, whose images are read; name a folder outside of it")
-    total = 2 * len(source)
-    report = progress or (lambda done, total: None)
-
-    contents = []
-    for index in range(len(source)):
-        contents.append(content_hash(pixels_of(source, index, recipe)))
-        report(index + 1, total)
-    plan = plan_shards(source, contents, recipe)
-
-    if (out / CARD).exists():
-        return _same_dataset(out, plan)
-    check_writable(out)
-    _begin(out, plan)
-    records, done = [], len(source)
-    for shard in plan.shards:
-        records.append(write_shard(source, shard, recipe, out))
-        done += len(shard.items)
-        report(done, total)
-    return commit(source, plan, records, recipe, out)
+    if held_out is not None and own_split(source):
+        warnings.warn(f"data.held_out: has no effect, for {source.name} has a split of its own", stacklevel=2)
+    return _Ingest(source, out, recipe, cluster, workers, progress or (lambda done, total: None)).run()
 
 
-def pixels_of(source: Source, index: int, recipe: Recipe) -> NDArray[np.uint8]:
-    """Pixels [S, S, C] of one image as the dataset holds them: centre square, by area or Lanczos to the size."""
-    image = source.load(index).convert("L" if recipe.channels == 1 else "RGB")
-    side, size = min(image.size), recipe.image_size
-    if image.size != (size, size):
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        # Area averaging when shrinking: every pixel of the source counts once, and nothing overshoots.
-        method = Image.Resampling.BOX if size <= side else Image.Resampling.LANCZOS
-        image = image.resize((size, size), method, box=(left, top, left + side, top + side))
-    return np.asarray(image).reshape(size, size, recipe.channels)
+class _Ingest:
+    """One call's settings, which every step needs."""
+
+    def __init__(
+        self,
+        source: Source,
+        out: Place,
+        recipe: Recipe,
+        cluster: Cluster | None,
+        workers: int | None,
+        report: Progress,
+    ) -> None:
+        self.source, self.out, self.recipe = source, out, recipe
+        self.over = functools.partial(over_chunks, cluster=cluster, workers=workers)
+        self.report = report
+        self.total = 2 * len(source)
+
+    def run(self) -> Dataset:
+        if (self.out / CARD).exists():
+            return self._same_dataset(plan_shards(self.source, self._scan(None), self.recipe))
+        existed = self.out.exists()
+        check_writable(self.out)
+        with alone(self.out):
+            self._begin()
+            try:
+                scan = self._scan(self.out / _SCANNED)
+                plan = plan_shards(self.source, scan, self.recipe)
+            except UserError:
+                self._withdraw(existed)
+                raise
+            _tell(self.source, plan)
+            self._clear(plan)
+            dataset = self._commit(plan, self._write(plan))
+            self._clean()
+        return dataset
+
+    def _scan(self, notes: Place | None) -> Scan:
+        """What every image is; chunks noted by an earlier attempt at the same source and recipe are taken over."""
+        count = len(self.source)
+        chunks = [(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
+        parts: dict[tuple[int, int], Scan] = {}
+        if notes is not None:
+            notes = notes / self._identity()[:16]
+            parts = {chunk: part for chunk in chunks if (part := _noted(notes, chunk)) is not None}
+        done = sum(last - first for first, last in parts)
+        self.report(done, self.total)
+        missing = [chunk for chunk in chunks if chunk not in parts]
+        for index, part in self.over(functools.partial(_scan_chunk, self.source, self.recipe, notes), missing):
+            parts[missing[index]] = part
+            done += len(part.contents)
+            self.report(done, self.total)
+        ordered = [parts[chunk] for chunk in chunks]
+        return Scan(np.concatenate([p.contents for p in ordered]), np.concatenate([p.sizes for p in ordered]))
+
+    def _write(self, plan: Plan) -> list[ShardRecord]:
+        records = {shard.name: record for shard in plan.shards if (record := self._written(shard)) is not None}
+        missing = [shard for shard in plan.shards if shard.name not in records]
+        # Images that were dropped as duplicates are not visited again.
+        done = self.total - sum(len(shard.items) for shard in missing)
+        self.report(done, self.total)
+        for _, record in self.over(functools.partial(write_shard, self.source, self.recipe, self.out), missing):
+            records[record.name] = record
+            done += record.samples
+            self.report(done, self.total)
+        return [records[shard.name] for shard in plan.shards]
+
+    def _written(self, shard: Any) -> ShardRecord | None:
+        record = written(self.out, shard)
+        if record is None or (self.out / shard.name).size() != record.bytes or not (self.out / shard.index).exists():
+            return None
+        return record
+
+    def _commit(self, plan: Plan, records: list[ShardRecord]) -> Dataset:
+        shown = [item for shard in plan.shards if shard.split == TRAIN for item in shard.items]
+        sheet = contact_sheet(len(shown), lambda place: self.recipe.pixels(self.source.load(shown[place])))
+        return commit(
+            self.out,
+            records,
+            self.recipe,
+            digest=plan.digest,
+            classes=self.source.classes,
+            source={"kind": self.source.kind, "name": self.source.name},
+            found={
+                "own_split": own_split(self.source),
+                "source_sizes": plan.source_sizes,
+                "duplicates": asdict(plan.duplicates),
+            },
+            sheet=sheet,
+        )
+
+    def _same_dataset(self, plan: Plan) -> Dataset:
+        found = Dataset.open(self.out)
+        if found.digest != plan.digest:
+            raise UserError(f"{self.out}: another dataset is here (digest {found.digest[:12]}); name another folder")
+        self._clean()
+        return found
+
+    def _identity(self) -> str:
+        """Of source and recipe as they are now."""
+        source = {"kind": self.source.kind, "name": self.source.name, "fingerprint": self.source.fingerprint()}
+        return identity({"format": FORMAT, "source": source, "recipe": self.recipe.fields()})
+
+    def _begin(self) -> None:
+        """Mark the folder as ours: what is in it without the mark is not."""
+        left = [name for name in self.out.list() if _OURS.fullmatch(name)]
+        if left and not (self.out / BEGUN).exists():
+            raise UserError(f"{self.out}: {left[0]} is there and not from an unfinished ingest; name an empty folder")
+        (self.out / BEGUN).write_json({"format": FORMAT})
+
+    def _clear(self, plan: Plan) -> None:
+        """Remove shards of another, unfinished ingest: a reader of train-*.tar would take them for ours."""
+        planned = {name for shard in plan.shards for name in (shard.name, shard.index)}
+        for name in self.out.list():
+            if _OURS.fullmatch(name) and name not in planned:
+                (self.out / name).delete()
+
+    def _clean(self) -> None:
+        """Remove the records: the dataset is there."""
+        for name in (_SCANNED, DONE):
+            (self.out / name).remove()
+
+    def _withdraw(self, existed: bool) -> None:
+        """Leave nothing of an ingest that cannot be."""
+        self._clean()
+        for name in self.out.list():
+            if _OURS.fullmatch(name) or name == BEGUN:
+                (self.out / name).delete()
+        if not existed:
+            self.out.remove()
 
 
-def is_held_out(content: bytes, share: float) -> bool:
-    """Whether an image is kept from training: by its content alone, so that adding images moves none across."""
-    return int.from_bytes(content[:8], "little") < int(share * 2**64)
+_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d{{6,}}\.(tar|parquet)|{SHARDS}|{SHEET}|{CARD_PAGE}")
 
 
-def plan_shards(source: Source, contents: Sequence[bytes], recipe: Recipe) -> Plan:
-    """Cut each split, in the order of the source, into shards of `shard_images` (the last may be smaller)."""
-    sides: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for index, content in enumerate(contents):
-        sides["held-out" if is_held_out(content, recipe.held_out) else "train"].append(index)
-    for split, items in sides.items():
-        if not items:
-            raise UserError(
-                f"data.held_out: with {recipe.held_out} none of the {len(contents)} images falls to {split}; "
-                "change it, or give more (different) images"
-            )
-    shards = []
-    for split, items in sides.items():
-        for number, first in enumerate(range(0, len(items), recipe.shard_images)):
-            chosen = tuple(items[first : first + recipe.shard_images])
-            shards.append(ShardPlan(f"{split}-{number:06d}.tar", split, chosen, tuple(contents[i] for i in chosen)))
-    sizes = {split: [len(s.items) for s in shards if s.split == split] for split in SPLITS}
-    samples = ((contents[i], source.label(i)) for shard in shards for i in shard.items)
-    return Plan(tuple(shards), dataset_digest(sizes, samples))
+def _scan_chunk(source: Source, recipe: Recipe, notes: Place | None, chunk: tuple[int, int]) -> Scan:
+    """Content and size of the images of a chunk, noted where `notes` says."""
+    contents, sizes = [], []
+    for index in range(*chunk):
+        image = source.load(index)
+        sizes.append(image.size)
+        contents.append(content_hash(recipe.pixels(image)))
+    if notes is not None:
+        widths, heights = zip(*sizes, strict=True)
+        rows = {"content": contents, "width": widths, "height": heights}
+        _note(notes, chunk).write(write_table(_SCAN_COLUMNS, rows))
+    return _scan_of(contents, sizes)
 
 
-def write_shard(source: Source, shard: ShardPlan, recipe: Recipe, out: Place) -> ShardRecord:
-    """Write one shard and its index into `out`. UserError where the source is no longer what was scanned."""
-    keys = [f"{index:09d}" for index in shard.items]
-    labels = [source.label(index) for index in shard.items]
-    sums = np.zeros((2, recipe.channels), dtype=np.int64)
-    pictures = []
-    for index, content in zip(shard.items, shard.contents, strict=True):
-        pixels = pixels_of(source, index, recipe)
-        if content_hash(pixels) != content:
-            raise UserError(f"{source.name}: {source.title(index)} changed during the ingest; start it again")
-        pictures.append(encode_png(pixels))
-        wide = pixels.reshape(-1, recipe.channels).astype(np.int64)
-        sums += np.stack([wide.sum(0), (wide * wide).sum(0)])
-    data = pack(keys, pictures, [_describe(source, index) for index in shard.items])
-    offsets = _offsets(data)
-    members = [f"{key}.png" for key in keys]
-    index_bytes = write_table(
-        INDEX_COLUMNS,
-        {
-            "key": keys,
-            "member": members,
-            "offset": [offsets[member] for member in members],
-            "size": [len(picture) for picture in pictures],
-            "sha256": [hashlib.sha256(picture).digest() for picture in pictures],
-            "content": list(shard.contents),
-            "label": labels,
-        },
-    )
-    (out / shard.name).write(data)
-    (out / index_name(shard.name)).write(index_bytes)
-    return ShardRecord(
-        shard.name,
-        shard.split,
-        samples=len(keys),
-        bytes=len(data),
-        sha256=hashlib.sha256(data).digest(),
-        index_sha256=hashlib.sha256(index_bytes).digest(),
-        pixel_sum=tuple(sums[0].tolist()),
-        pixel_square_sum=tuple(sums[1].tolist()),
-    )
+def _noted(notes: Place, chunk: tuple[int, int]) -> Scan | None:
+    place = _note(notes, chunk)
+    try:
+        table = read_table(place.read(), _SCAN_COLUMNS, place)
+    except FileNotFoundError:
+        return None
+    sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+    return _scan_of(table["content"].to_pylist(), sizes)
 
 
-def commit(source: Source, plan: Plan, records: Sequence[ShardRecord], recipe: Recipe, out: Place) -> Dataset:
-    """Write what makes the shards a dataset: contact sheet, table of shards, and the card last."""
-    table = write_table(SHARD_COLUMNS, {name: [getattr(r, name) for r in records] for name in SHARD_COLUMNS})
-    (out / SHEET).write(contact_sheet(source, plan, recipe))
-    (out / SHARDS).write(table)
-    mean, deviation = _moments([r for r in records if r.split == "train"], recipe)
-    (out / CARD).write_json(
-        {
-            "format": FORMAT,
-            "digest": plan.digest,
-            **asdict(recipe),
-            "classes": list(source.classes),
-            "splits": {split: _count(source, plan, split) for split in SPLITS},
-            "mean": mean,
-            "std": deviation,
-            "source": {"kind": source.kind, "name": source.name},
-            "sheet": SHEET,
-            "shards_sha256": sha256(table),
-        }
-    )
-    return Dataset.open(out)
+def _note(notes: Place, chunk: tuple[int, int]) -> Place:
+    return notes / f"{chunk[0]:012d}-{chunk[1]:012d}.parquet"
 
 
-def contact_sheet(source: Source, plan: Plan, recipe: Recipe) -> bytes:
-    """PNG of up to 100 training images, evenly spaced through them."""
-    items = [index for shard in plan.shards if shard.split == "train" for index in shard.items]
-    shown = min(len(items), _SHEET_SIDE**2)
-    small, large = _SHEET_CELLS
-    cell = min(large, recipe.image_size * max(1, small // recipe.image_size))
-    method = Image.Resampling.NEAREST if cell >= recipe.image_size else Image.Resampling.BOX
-    columns = min(shown, _SHEET_SIDE)
-    sheet = Image.new("RGB", (columns * (cell + 2) + 2, -(-shown // columns) * (cell + 2) + 2), "white")
-    for place in range(shown):
-        pixels = pixels_of(source, items[place * len(items) // shown], recipe)
-        picture = Image.fromarray(pixels.squeeze(-1) if recipe.channels == 1 else pixels)
-        picture = picture.resize((cell, cell), method)
-        sheet.paste(picture, (2 + place % columns * (cell + 2), 2 + place // columns * (cell + 2)))
-    return encode_png(np.asarray(sheet))
+def _scan_of(contents: list[bytes], sizes: list[tuple[int, int]]) -> Scan:
+    hashes = np.frombuffer(b"".join(contents), dtype=np.uint8).reshape(-1, 32)
+    return Scan(hashes, np.asarray(sizes, dtype=np.int64).reshape(-1, 2))
 
 
-def _check(recipe: Recipe) -> None:
-    if recipe.image_size < 1:
-        raise UserError(f"data.image_size: {recipe.image_size} is not a size in pixels; give 1 or more")
-    if recipe.channels not in (1, 3):
-        raise UserError(f"data.channels: {recipe.channels} is neither 1 (grey) nor 3 (RGB)")
-    if not 0 < recipe.held_out < 1:
-        raise UserError(f"data.held_out: {recipe.held_out} is not a share between 0 and 1")
-    if recipe.shard_images < 1:
-        raise UserError(f"data.shard_images: {recipe.shard_images} is not a number of images; give 1 or more")
+def _tell(source: Source, plan: Plan) -> None:
+    """Warn of copies: they count twice in training, and in both splits they flatter the scores."""
+    found = plan.duplicates
+    if not found.copies:
+        return
+    one, other = found.examples[0]
+    what = f"data.source: {found.copies:,} images are exact copies of others, {other} of {one} for one"
+    if found.labels_differ:
+        what += f"; {found.labels_differ:,} pictures come with more than one label"
+    if found.between_splits and not found.dropped:
+        what += f"; {found.between_splits:,} are in both splits, so that scores flatter the model"
+    hint = "dropped, as asked" if found.dropped else "data.drop_duplicates would drop them"
+    warnings.warn(f"{what} ({hint})", stacklevel=4)
 
 
-def _same_dataset(out: Place, plan: Plan) -> Dataset:
-    found = Dataset.open(out)
-    if found.digest != plan.digest:
-        raise UserError(f"{out}: another dataset is here (digest {found.digest[:12]}); name another folder")
-    return found
-
-
-def _begin(out: Place, plan: Plan) -> None:
-    """Mark the folder as ours, and clear what an unfinished ingest of something else left in it."""
-    ours = re.compile(rf"({'|'.join(SPLITS)})-\d{{6}}\.(tar|parquet)|{SHARDS}|{SHEET}")
-    left = [name for name in out.list() if ours.fullmatch(name)]
-    if left and not (out / BEGUN).exists():
-        raise UserError(f"{out}: {left[0]} is there and not from an unfinished ingest; name an empty folder")
-    (out / BEGUN).write_json({"format": FORMAT, "digest": plan.digest})
-    # A reader of train-*.tar would take them for part of this dataset.
-    planned = {name for shard in plan.shards for name in (shard.name, index_name(shard.name))}
-    for name in left:
-        if name not in planned:
-            (out / name).path.unlink(missing_ok=True)
-
-
-def _describe(source: Source, index: int) -> dict[str, Any]:
-    """The sample's JSON."""
-    label = source.label(index)
-    fields: dict[str, Any] = {"label": label, "source": source.title(index)}
-    return fields if label == NO_LABEL else {**fields, "class": source.classes[label]}
-
-
-def _offsets(data: bytes) -> dict[str, int]:
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        return {member.name: member.offset_data for member in tar}
-
-
-def _count(source: Source, plan: Plan, split: str) -> dict[str, Any]:
-    shards = [shard for shard in plan.shards if shard.split == split]
-    labels = Counter(source.label(index) for shard in shards for index in shard.items)
-    return {
-        "samples": sum(len(shard.items) for shard in shards),
-        "shards": len(shards),
-        "per_class": [labels[label] for label in range(len(source.classes))],
-        "unlabelled": labels[NO_LABEL],
-    }
-
-
-def _moments(records: Sequence[ShardRecord], recipe: Recipe) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, pixels in [0, 1]. Integer sums: exact, whatever their order."""
-    count = sum(record.samples for record in records) * recipe.image_size**2
-    means, deviations = [], []
-    for channel in range(recipe.channels):
-        total = sum(record.pixel_sum[channel] for record in records)
-        squares = sum(record.pixel_square_sum[channel] for record in records)
-        means.append(total / count / 255)
-        deviations.append((count * squares - total * total) ** 0.5 / count / 255)
-    return means, deviations
+@contextlib.contextmanager
+def alone(out: Place) -> Iterator[None]:
+    """Hold a folder that is being made a dataset, where it can be held: on S3 two who do the same write the same."""
+    if not out.is_local:
+        yield
+        return
+    lock = out / _LOCK
+    with lock.lock(f"the dataset in {out}"):
+        try:
+            yield
+        finally:
+            # Whoever waits for nothing, as we do not wait either, finds a finished dataset or a new lock.
+            lock.delete()

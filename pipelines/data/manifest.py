@@ -2,14 +2,16 @@
 
     ingest.json           what is being ingested here. Written first: without it a folder's shards are not ours
     dataset.json          the card: digest, counts, classes, size, mean/std, source. Written last: it is the commit
-    shards.parquet        the table of shards, one row each: name, split, samples, bytes, sha256, index_sha256
+    card.md, sheet.png    the card for people, with a contact sheet
+    shards.parquet        the table of shards, one row each: name, index, split, samples, bytes, sha256, index_sha256
     train-000000.tar      WebDataset shards: KEY.png + KEY.json a sample
     train-000000.parquet  that shard's index, one row a sample: key, member, offset, size, sha256, content, label
-    sheet.png             a contact sheet
 
-Opening a dataset reads the first two alone.
+Opening a dataset reads the card and the table of shards alone. Tars that were there before (`ddpm data index`) may lie
+elsewhere, and one of them may have images of both splits: then it has two rows in the table, each with an index.
 """
 
+import functools
 import hashlib
 import io
 import struct
@@ -24,23 +26,40 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines.data.decode import Fit
 from pipelines.data.order import Order
+from pipelines.data.recipe import fit_stored
 from pipelines.errors import UserError
 from pipelines.store import DamageError, Place, sha256
 
-FORMAT = 1
+FORMAT = 2
 CARD = "dataset.json"
 BEGUN = "ingest.json"
 SHARDS = "shards.parquet"
 SHEET = "sheet.png"
+CARD_PAGE = "card.md"
+BESIDE = "."
+"""Where tars lie that were there before, in the folder of the card."""
 SPLITS = ("train", "held-out")
 
 Digest = bytes
 """A raw sha256, 32 bytes."""
 
-_CARD_FIELDS = ("digest", "image_size", "channels", "classes", "splits", "mean", "std", "shards_sha256")
+_CARD_FIELDS = (
+    "digest",
+    "image_size",
+    "channels",
+    "classes",
+    "splits",
+    "mean",
+    "std",
+    "shards_sha256",
+    "decode",
+    "tars",
+)
 SHARD_COLUMNS = {
     "name": pa.string(),
+    "index": pa.string(),
     "split": pa.string(),
     "samples": pa.int64(),
     "bytes": pa.int64(),
@@ -63,7 +82,9 @@ class Shard:
     """One shard's row in the table."""
 
     name: str
-    """File name of the tar."""
+    """Path of the tar below the place of the tars."""
+    index: str
+    """File name of its index."""
     samples: int
     bytes: int
     sha256: Digest
@@ -75,11 +96,16 @@ class Split:
     """The shards of one split, in order."""
 
     place: Place
+    """Where the indices lie."""
+    tars: Place
+    """Where the tars lie."""
     name: str
     digest: str
     """The dataset's digest."""
     image_size: int
     channels: int
+    fit: Fit | None
+    """Brings stored pictures to the dataset's size and channels as they are read; None where they have them."""
     table: pa.Table
 
     def __len__(self) -> int:
@@ -140,10 +166,14 @@ class Dataset:
         if sha256(data) != card["shards_sha256"]:
             raise DamageError(f"{place / SHARDS} does not match the sha256 in {CARD}")
         table = read_table(data, SHARD_COLUMNS, place / SHARDS)
-        for name in table["name"].to_pylist():
+        for name in (*table["name"].to_pylist(), *table["index"].to_pylist()):
             # The name is joined to a folder: it must not lead out of it.
-            if "/" in name or "\\" in name or name.startswith("."):
+            if "\\" in name or ":" in name or any(part in ("", ".", "..") for part in name.split("/")):
                 raise DamageError(f"{place / SHARDS} names a shard outside its folder: {name!r}")
+        if card["decode"] not in ("exact", "fit"):
+            raise DamageError(f"{file}: decode is {card['decode']!r}, neither exact nor fit")
+        if card["decode"] == "fit" and card.get("resize") not in ("auto", "area", "lanczos"):
+            raise DamageError(f"{file}: resize is {card.get('resize')!r}, neither auto, area nor lanczos")
         return Dataset(place, card, table)
 
     @property
@@ -171,7 +201,11 @@ class Dataset:
             raise KeyError(f"there is no split {name!r}, only {', '.join(SPLITS)}")
         mask = pyarrow.compute.equal(self.table["split"], name)
         table = self.table.filter(mask)
-        return Split(self.place, name, self.digest, self.image_size, self.channels, table)
+        tars = self.place if self.card["tars"] in (None, BESIDE) else Place.of(self.card["tars"])
+        size, channels, fit = self.image_size, self.channels, None
+        if self.card["decode"] == "fit":
+            fit = functools.partial(fit_stored, image_size=size, channels=channels, resize=self.card["resize"])
+        return Split(self.place, tars, name, self.digest, size, channels, fit, table)
 
 
 def content_hash(pixels: NDArray[np.uint8]) -> bytes:
@@ -197,11 +231,6 @@ def dataset_digest(shard_sizes: Mapping[str, Sequence[int]], samples: Iterable[t
     return digest.hexdigest()
 
 
-def index_name(shard: str) -> str:
-    """File name of a shard's index."""
-    return shard.removesuffix(".tar") + ".parquet"
-
-
 def write_table(columns: Mapping[str, pa.DataType], rows: Mapping[str, Sequence[Any]]) -> bytes:
     """A Parquet file whose bytes depend on the rows alone; its schema carries the format version."""
     schema = pa.schema(list(columns.items()), metadata={"ddpm.format": str(FORMAT)})
@@ -213,7 +242,7 @@ def write_table(columns: Mapping[str, pa.DataType], rows: Mapping[str, Sequence[
 def read_table(data: bytes, columns: Mapping[str, pa.DataType], file: Place) -> pa.Table:
     """The inverse of `write_table`. DamageError names a file that is not such a table."""
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DamageError(f"{file} is not a Parquet file: {error}") from None
     found = (table.schema.metadata or {}).get(b"ddpm.format", b"none").decode()
@@ -221,6 +250,8 @@ def read_table(data: bytes, columns: Mapping[str, pa.DataType], file: Place) -> 
         raise UserError(f"{file}: format {found} is not known here, only {FORMAT}; use the version that wrote it")
     if table.schema.remove_metadata() != pa.schema(list(columns.items())):
         raise DamageError(f"{file} does not have the columns {', '.join(columns)}")
+    if any(column.null_count for column in table.columns):
+        raise DamageError(f"{file} has empty fields")
     return table
 
 
@@ -233,7 +264,7 @@ def _read(file: Place) -> bytes:
 
 def read_index(split: Split, shard: Shard) -> pa.Table:
     """A shard's index, checked against the table of shards. DamageError names it where it differs."""
-    file = split.place / index_name(shard.name)
+    file = split.place / shard.index
     data = _read(file)
     if hashlib.sha256(data).digest() != shard.index_sha256:
         raise DamageError(f"{file} does not match the sha256 in {SHARDS}")

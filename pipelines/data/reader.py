@@ -1,55 +1,89 @@
 """Reads samples of a split by (shard, row), and streams a worker's slots, decoded ahead.
 
-A sample is read by `pread` at the offset that the shard's index gives, its sha256 is checked, and a PNG of exactly
-the dataset's size is decoded; no tar is parsed, nothing is unpickled or executed. A split whose decoded pixels fit
-into the cache (256 MiB unless told) is kept decoded: each sample is read, checked and decoded once.
+Of a shard on this host each sample is read by `pread`; of one on S3 by ranges, or from a whole copy on local disk where
+there is a `ShardCache`. Its sha256 is checked at each read. A split whose decoded pixels fit into memory (256 MiB
+unless told) is kept decoded: each sample is read, checked and decoded once.
 """
 
-import hashlib
-import io
-import os
-import queue
 import threading
-import weakref
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-from pipelines.data.manifest import Split, read_index
+from pipelines.data.cache import ShardCache
+from pipelines.data.damage import Damage, Sample, Substitutes
+from pipelines.data.decode import MAX_MEMBER_BYTES, Decoder, Pixels
+from pipelines.data.manifest import Split
 from pipelines.data.order import Ints, Order, slot_positions
+from pipelines.data.tars import Bad, OpenShard
 from pipelines.store import DamageError
 
-Pixels = NDArray[np.uint8]
+__all__ = ["MAX_MEMBER_BYTES", "Damage", "Pixels", "Reader", "ShardCache", "Slot", "SlotStream"]
+
 Slot = tuple[int, int, Pixels, Ints]
 """(step, slot, images [b, H, W, C], labels [b])."""
 
 CACHE_BYTES = 256 * 2**20
-MAX_MEMBER_BYTES = 64 * 2**20
-_MEMBER_TYPES = (".png",)
-_SHARDS_OPEN = 64
+SHARDS_OPEN = 64
+AHEAD_BYTES = 64 * 2**20
+_REMOTE_THREADS = 8  # they mostly wait
+_LOCAL_THREADS = 2
+_SMALL_IMAGE = 2048  # bytes; decoding less is so much Python that a second thread costs more than it gives
+_MOST_SLOTS_AHEAD = 256  # of small images a store of bytes would hold minutes of work, done at once at the start
+_RUN_BYTES = 2**20  # small slots are read several at once, for much of what reading one costs is what any read costs
+_FAREWELL_SECONDS = 1.0
 
 
 class Reader:
     """Random access to the samples of a split. Threads may share one; processes open their own."""
 
-    def __init__(self, split: Split, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        split: Split,
+        cache_bytes: int = CACHE_BYTES,
+        *,
+        shard_cache: ShardCache | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        on_damage: Callable[[Damage], None] | None = None,
+        shards_open: int = SHARDS_OPEN,
+    ) -> None:
+        """`cache_bytes` is for decoded pixels in memory, `shard_cache` for tars on local disk.
+
+        With `on_error="skip"` the sample that `Substitutes` names is read instead of a damaged one, and `on_damage` is
+        told once. Up to `shards_open` shards stay open: an order's window, better two, should be among them.
+        """
         self.split = split
         self.shape = (split.image_size, split.image_size, split.channels)
         """[H, W, C] of an image."""
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._decoder = Decoder(self.shape, split.fit)
+        self._shard_cache, self._shards_open = shard_cache, shards_open
+        self._open: OrderedDict[int, _Opening] = OrderedDict()
         self._lock = threading.Lock()
         fits = len(split) * int(np.prod(self.shape)) <= cache_bytes
         self._decoded: dict[int, _Decoded] | None = {} if fits else None
+        self._lost: dict[int, str] = {}
+        self._substitutes: Substitutes | None = None
+        if on_error == "skip":
+            shards = list(zip(split.table["name"].to_pylist(), split.shard_sizes, strict=True))
+            self._substitutes = Substitutes(split.name, shards, self._read_one, on_damage)
+
+    @property
+    def threads(self) -> int:
+        """How many threads may well read ahead."""
+        if not self.split.tars.is_local and self._shard_cache is None:
+            return _REMOTE_THREADS
+        small = self._decoded is not None or int(np.prod(self.shape)) < _SMALL_IMAGE
+        return 1 if small else _LOCAL_THREADS
 
     def read(self, shards: Ints, rows: Ints) -> tuple[Pixels, Ints]:
         """Images uint8 [n, H, W, C] and labels int64 [n] (-1 for none) at (shard, row) pairs.
 
-        DamageError names shard and member where the stored bytes are not what was ingested.
+        DamageError names shard and member where the stored bytes are not what was ingested; StorageError the file
+        that cannot be had at all.
         """
         shards, rows = np.asarray(shards, dtype=np.int64), np.asarray(rows, dtype=np.int64)
         images = np.empty((len(rows), *self.shape), dtype=np.uint8)
@@ -61,42 +95,93 @@ class Reader:
 
     def read_all(self) -> tuple[Pixels, Ints]:
         """Every image and label, in the order of shards and rows."""
-        sizes = self.split.shard_sizes
-        shards = np.repeat(np.arange(len(sizes)), sizes)
-        rows = np.concatenate([np.arange(size) for size in sizes])
-        return self.read(shards, rows)
+        sizes = np.asarray(self.split.shard_sizes, dtype=np.int64)
+        rows = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return self.read(np.repeat(np.arange(len(sizes)), sizes), rows)
 
     def _read_shard(self, number: int, rows: Ints) -> tuple[Pixels, Ints]:
-        shard = self._shard(number)
         if self._decoded is None:
-            return np.stack([shard.decode(row, self.shape) for row in rows.tolist()]), shard.labels[rows]
+            return self._decode(number, rows)
         if number not in self._decoded:
-            self._decoded.setdefault(number, _Decoded(len(shard.labels), self.shape))
+            self._decoded.setdefault(number, _Decoded(self.split.shard_sizes[number], self.shape))
         decoded = self._decoded[number]
-        for row in rows[~decoded.present[rows]].tolist():
-            decoded.images[row] = shard.decode(row, self.shape)
-            decoded.present[row] = True  # after the pixels: another thread may look
-        return decoded.images[rows], shard.labels[rows]
+        absent = rows[~decoded.present[rows]]
+        if len(absent):
+            decoded.images[absent], decoded.labels[absent] = self._decode(number, absent)
+            decoded.present[absent] = True  # after the pixels: another thread may look
+        return decoded.images[rows], decoded.labels[rows]
 
-    def _shard(self, number: int) -> "_OpenShard":
+    def _decode(self, number: int, rows: Ints) -> tuple[Pixels, Ints]:
+        wanted = rows.tolist()
+        found: list[bytes | bytearray] = [b""] * len(wanted)
+        try:
+            shard = self._shard(number)
+        except DamageError as error:
+            if self._substitutes is None:
+                raise
+            labels = np.empty(len(wanted), dtype=np.int64)
+            bad = dict.fromkeys(range(len(wanted)), Bad("", str(error)))
+        else:
+            found, bad = shard.decode(wanted)
+            if bad and self._substitutes is None:
+                raise shard.damage(bad[min(bad)])
+            labels = shard.labels[rows]
+        for place in bad:
+            assert self._substitutes is not None
+            found[place], labels[place] = self._substitutes.of(number, wanted[place], bad[place])
+        return np.frombuffer(b"".join(found), dtype=np.uint8).reshape(len(wanted), *self.shape), labels
+
+    def _read_one(self, number: int, row: int) -> Sample | Bad:
+        try:
+            shard = self._shard(number)
+        except DamageError as error:
+            return Bad("", str(error))
+        found, bad = shard.decode([row])
+        return bad[0] if bad else (found[0], int(shard.labels[row]))
+
+    def _shard(self, number: int) -> OpenShard:
         with self._lock:
-            if number in self._open:
-                self._open.move_to_end(number)
-                return self._open[number]
-        opened = _OpenShard(self.split, number)
-        with self._lock:
-            self._open[number] = opened
-            while len(self._open) > _SHARDS_OPEN:
+            opening = self._open.setdefault(number, _Opening())
+            self._open.move_to_end(number)
+            while len(self._open) > self._shards_open:
                 self._open.popitem(last=False)
-        return opened
+        with opening.lock:  # one thread opens it, which may take a download; those that want it too wait
+            if opening.shard is None:
+                if number in self._lost:
+                    raise DamageError(self._lost[number])
+                try:
+                    opening.shard = OpenShard(self.split, number, self._decoder, self._shard_cache)
+                except DamageError as error:
+                    if self._substitutes is not None:
+                        self._lost[number] = str(error)
+                    raise
+            return opening.shard
+
+
+class _Opening:
+    """A shard that is open, or that a thread is opening."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.shard: OpenShard | None = None
+
+
+class _Decoded:
+    """Decoded images of a shard, filled in as they are asked for."""
+
+    def __init__(self, samples: int, shape: tuple[int, int, int]) -> None:
+        self.images = np.empty((samples, *shape), dtype=np.uint8)
+        self.labels = np.empty(samples, dtype=np.int64)
+        self.present = np.zeros(samples, dtype=bool)
 
 
 class SlotStream:
-    """Endless stream of the slots that a worker owns, read and decoded ahead by one thread.
+    """Endless stream of the slots that a worker owns, read and decoded ahead by a few threads.
 
     Yields (step, slot, images uint8 [b, H, W, C], labels int64 [b]) for every owned slot of every step from
-    `start_step` on, with b = global_batch / slots and up to `ahead` steps decoded in advance. A worker that owns
-    no slot gets an empty stream. An error of the thread is raised where the stream is read.
+    `start_step` on, in that order, with b = global_batch / slots. Slots that are decoded or being decoded ahead take
+    at most `ahead_bytes`, or are one. A worker that owns no slot gets an empty stream. An error of a thread is raised
+    where the stream is read, in the place of the slot that it belongs to.
     """
 
     def __init__(
@@ -107,37 +192,53 @@ class SlotStream:
         slots: int,
         owned: Sequence[int],
         start_step: int,
-        ahead: int = 2,
+        ahead_bytes: int = AHEAD_BYTES,
+        threads: int | None = None,
     ) -> None:
+        """`threads` is by default what suits the reader."""
+        threads = threads or reader.threads
         self._reader, self._order = reader, order
         self._global_batch, self._slots, self._owned = global_batch, slots, tuple(owned)
-        self._ready: queue.SimpleQueue[Slot | BaseException | None] = queue.SimpleQueue()
-        self._room = threading.Semaphore(max(1, ahead * len(self._owned)))
-        self._closed = threading.Event()
-        # A daemon: a training loop that dies without closing must not keep its process alive.
-        self._thread = threading.Thread(target=self._fill, args=(start_step,), name="slots", daemon=True)
-        self._thread.start()
+        self._start_step = start_step
+        slot_bytes = global_batch // slots * int(np.prod(reader.shape))
+        self._room = max(1, min(ahead_bytes // slot_bytes, _MOST_SLOTS_AHEAD))
+        self._run = max(1, min(_RUN_BYTES // slot_bytes, self._room // (2 * threads)))
+        self._changed = threading.Condition()
+        self._ready: dict[int, Slot | BaseException] = {}
+        self._begun = self._delivered = 0
+        self._closed = not self._owned
+        # Daemons: a training loop that dies without closing must not keep its process alive.
+        names = [f"slots-{number}" for number in range(min(threads, self._room))] if self._owned else []
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
 
     def __iter__(self) -> Iterator[Slot]:
         return self
 
     def __next__(self) -> Slot:
-        if self._closed.is_set():
-            raise StopIteration
-        item = self._ready.get()
-        if item is None or isinstance(item, BaseException):
-            self.close()
-            if item is None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._delivered in self._ready)
+            if self._closed:
                 raise StopIteration
+            item = self._ready.pop(self._delivered)
+            self._delivered += 1
+            if self._has_room():
+                self._changed.notify_all()
+        if isinstance(item, BaseException):
+            self.close()
             raise item
-        self._room.release()
         return item
 
     def close(self) -> None:
-        """Stop the thread; the stream ends here."""
-        self._closed.set()
-        self._room.release()
-        self._thread.join()
+        """Stop the threads; the stream ends here. One that waits for the storage is left to end by itself."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        end = time.monotonic() + _FAREWELL_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def __enter__(self) -> Self:
         return self
@@ -147,75 +248,40 @@ class SlotStream:
     ) -> None:
         self.close()
 
-    def _fill(self, step: int) -> None:
+    def _has_room(self) -> bool:
+        return self._begun + self._run <= self._delivered + self._room
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._has_room())
+                if self._closed:
+                    return
+                first, self._begun = self._begun, self._begun + self._run
+            try:
+                items: Sequence[Slot | BaseException] = self._read(range(first, first + self._run))
+            except BaseException as error:  # carried to the reader of the stream, whatever it is
+                items = [error]
+            with self._changed:
+                if not self._closed:
+                    self._ready.update(enumerate(items, first))
+                    self._changed.notify_all()
+
+    def _read(self, numbers: range) -> list[Slot | BaseException]:
+        """The stream's slots of these numbers, counted from 0; up to the first that is damaged, and its error."""
+        places = [(self._start_step + n // len(self._owned), self._owned[n % len(self._owned)]) for n in numbers]
+        positions = [slot_positions(*place, self._slots, self._global_batch) for place in places]
         try:
-            while self._owned and not self._closed.is_set():
-                for slot in self._owned:
-                    self._room.acquire()
-                    if self._closed.is_set():
-                        break
-                    positions = slot_positions(step, slot, self._slots, self._global_batch)
-                    images, labels = self._reader.read(*self._order.locate(positions))
-                    self._ready.put((step, slot, images, labels))
-                step += 1
-            self._ready.put(None)
-        except BaseException as error:  # carried to the reader of the stream, whatever it is
-            self._ready.put(error)
-
-
-class _Decoded:
-    """Decoded images of a shard, filled in as they are asked for."""
-
-    def __init__(self, samples: int, shape: tuple[int, int, int]) -> None:
-        self.images = np.empty((samples, *shape), dtype=np.uint8)
-        self.present = np.zeros(samples, dtype=bool)
-
-
-class _OpenShard:
-    """A shard's index in memory and its tar open for reading."""
-
-    def __init__(self, split: Split, number: int) -> None:
-        shard = split.shard(number)
-        index = read_index(split, shard)
-        self.tar = split.place / shard.name
-        self.labels: Ints = index["label"].to_numpy()
-        self._members: list[str] = index["member"].to_pylist()
-        self._offsets: list[int] = index["offset"].to_pylist()
-        self._sizes: list[int] = index["size"].to_pylist()
-        self._sha256: list[bytes] = index["sha256"].to_pylist()
-        try:
-            self._file = os.open(self.tar.path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise DamageError(f"{self.tar} is missing") from None
-        # Closed with the last reference: another thread may be reading a shard that has left the list.
-        weakref.finalize(self, os.close, self._file)
-
-    def decode(self, row: int, shape: tuple[int, int, int]) -> Pixels:
-        """Pixels [H, W, C] of one sample, its bytes checked first."""
-        offset, size = self._offsets[row], self._sizes[row]
-        if not self._members[row].endswith(_MEMBER_TYPES):
-            raise self._damage(row, f"is not of a type that is read ({', '.join(_MEMBER_TYPES)})")
-        if offset < 0 or not 0 < size <= MAX_MEMBER_BYTES:
-            raise self._damage(row, f"cannot be {size} bytes at {offset}, as the index has it")
-        data = os.pread(self._file, size, offset)
-        if len(data) != size:
-            raise self._damage(row, "is cut short: the file ends before it")
-        if hashlib.sha256(data).digest() != self._sha256[row]:
-            raise self._damage(row, "does not match the sha256 in the index")
-        try:
-            pixels = _decode_png(data, shape)
-        except Exception as error:  # Pillow's decoders raise nearly every kind
-            raise self._damage(row, f"cannot be decoded: {error}") from None
-        return pixels
-
-    def _damage(self, row: int, what: str) -> DamageError:
-        return DamageError(f"{self.tar}: member {self._members[row]} {what}")
-
-
-def _decode_png(data: bytes, shape: tuple[int, int, int]) -> Pixels:
-    height, width, channels = shape
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        # The header is compared before any pixel is decoded, so a picture that claims to be huge costs nothing.
-        if image.size != (width, height) or image.mode != ("L" if channels == 1 else "RGB"):
-            raise ValueError(f"it is {image.mode} {image.width} x {image.height}, the dataset {shape}")
-        return np.asarray(image).reshape(shape)
+            images, labels = self._reader.read(*self._order.locate(np.concatenate(positions)))
+        except DamageError as error:
+            if len(numbers) == 1:
+                return [error]
+            found: list[Slot | BaseException] = []
+            for number in numbers:  # which of them is damaged?
+                found += self._read(range(number, number + 1))
+                if isinstance(found[-1], BaseException):
+                    break
+            return found
+        many, count = len(numbers), self._global_batch // self._slots
+        parts = zip(images.reshape(many, count, *self._reader.shape), labels.reshape(many, count), strict=True)
+        return [(*place, *part) for place, part in zip(places, parts, strict=True)]

@@ -1,7 +1,7 @@
 """Evaluation as a job: what the scores need is made by Ray tasks and actors, the scores by pure functions."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -71,7 +71,7 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
             f"warning: at n = {n}, fewer than the {spec.evaluate.feature_width} features, much of Frechet is chance: "
             "hold out more images (data.held_out), or add some"
         )
-    net = feature_net(dataset, spec.evaluate, session)
+    net = feature_net(dataset, spec, session)
 
     # The bound's tasks run beside the sampling; each takes a fixed part of the images, whoever computes it.
     parts = _bits_parts(held_out, labels, spec)
@@ -104,13 +104,13 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
     return Evaluation([frechet, bound], _evidence(net, dataset, frechet, bound))
 
 
-def feature_net(dataset: Dataset, evaluate: Evaluate, session: Session) -> FeatureNet:
+def feature_net(dataset: Dataset, spec: Spec, session: Session) -> FeatureNet:
     """The feature network of a dataset, trained once by a task and kept in the store."""
-    place = _feature_place(dataset, evaluate, session.store)
+    place = _feature_place(dataset, spec.evaluate, session.store)
     if not place.exists():
         ray = session.cluster.connect()
         task = ray.remote(num_cpus=1)(_train_feature_net)
-        place.write(ray.get(task.remote(str(dataset.place), evaluate)))
+        place.write(ray.get(task.remote(str(dataset.place), spec.evaluate, spec.data.on_error)))
     return FeatureNet.load(place.read())
 
 
@@ -172,8 +172,9 @@ def _feature_place(dataset: Dataset, evaluate: Evaluate, store: Place) -> Place:
     return store / "features" / f"{identity({'dataset': dataset.digest, **fields})[:16]}.safetensors"
 
 
-def _train_feature_net(dataset: str, evaluate: Evaluate) -> bytes:
-    images, labels = Reader(Dataset.open(Place.of(dataset)).split("train")).read_all()
+def _train_feature_net(dataset: str, evaluate: Evaluate, on_error: Literal["raise", "skip"]) -> bytes:
+    # Of the training images a few may be missing; held-out ones may not, for scores would be of another set.
+    images, labels = Reader(Dataset.open(Place.of(dataset)).split("train"), on_error=on_error).read_all()
     width, epochs = evaluate.feature_width, evaluate.feature_epochs
     return train_feature_net(images, labels, width=width, epochs=epochs, seed=_FEATURE_SEED, threads=1).save()
 

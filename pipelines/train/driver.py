@@ -40,6 +40,8 @@ class Trained:
     attempts: int
     model_sha256: str
     ema_sha256: str
+    damaged: int
+    """Training images that were damaged and had others read in their place; which, is in the run's `damage/`."""
 
 
 def train(
@@ -77,6 +79,7 @@ def train(
     if done is None:
         raise RuntimeError(f"run {run.name} ended without its last checkpoint, see {run.place}")
     run.checkpoints.pin(done.step)
+    _say_what_was_damaged(run, progress)
     return done
 
 
@@ -93,6 +96,7 @@ def trained(run: Run, spec: Spec) -> Trained | None:
         attempts=run.newest_attempt(),
         model_sha256=digests[MODEL],
         ema_sha256=digests[EMA],
+        damaged=len(run.damage()),
     )
 
 
@@ -102,6 +106,18 @@ def _say_what_changed(then: Mapping[str, Any], progress: Progress) -> None:
     changed = [f"{name} {then.get(name)} is {now[name]} now" for name in now if then.get(name) != now[name]]
     if changed:
         progress.say(f"warning: the bits may differ from an unbroken run's: {', '.join(changed)}")
+
+
+def _say_what_was_damaged(run: Run, progress: Progress) -> None:
+    """One line where other images were read in place of damaged ones."""
+    if damaged := run.damage():
+        first = damaged[0]
+        member = f" ({first.member})" if first.member else ""
+        progress.say(
+            f"warning: {len(damaged):,} damaged training images had others read in their place, "
+            f"row {first.row}{member} of {first.shard} for one; all are in {run.place / 'damage'}, "
+            "and `ddpm data verify` names the damage"
+        )
 
 
 def _check_resources(spec: Spec, cluster: Cluster) -> None:

@@ -21,10 +21,12 @@ from pipelines.build import build_loss, build_model, build_process
 from pipelines.data.manifest import Dataset
 from pipelines.data.order import owned_slots
 from pipelines.data.pixels import to_model
-from pipelines.data.reader import Reader, SlotStream
+from pipelines.data.reader import SHARDS_OPEN, Reader, ShardCache, SlotStream
 from pipelines.errors import Failed
+from pipelines.sections import Data
 from pipelines.spec import Spec
 from pipelines.store import Place
+from pipelines.train.augment import augment
 from pipelines.train.initial import first_weights
 from pipelines.train.journal import Row
 from pipelines.train.reduce import SlotGradients, tree_sum
@@ -92,7 +94,7 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         self.state = State(self.model, spec.train)
         self.owned = owned_slots(world.rank, world.size, spec.train.slots)
-        self._data = Reader(dataset.split("train"))
+        self._data = _reader(dataset, run, spec.data)
         self._order = dataset.split("train").order(spec.data.window, spec.seed)
         self._resume()
         self._gradients = SlotGradients(self.parameters)
@@ -149,10 +151,7 @@ class Trainer:
         log-SNR the sums of losses and of what they count, so that the means are those over timesteps alike.
         """
         seed, step, n = self.spec.seed, self.step, len(images)
-        x0 = to_model(images)
-        if self.spec.data.flip:
-            mirrored = noise.bits([noise.key(seed, "flip", step, slot)], n)[0] >> 31 == 1
-            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        x0 = augment(to_model(images), self.spec.data, seed, step, slot)
         t = self._timesteps(slot, n)
         eps = noise.normal([noise.key(seed, "eps", step, slot)], x0.shape)[0]
         if self.spec.model.dropout:
@@ -300,6 +299,18 @@ class Trainer:
             self.state.load(self.run.checkpoints.load(step))
         elif self.spec.train.init_from is not None:
             self.state.start_from(first_weights(self.spec, self.dataset.digest, self.run))
+
+
+def _reader(dataset: Dataset, run: Run, data: Data) -> Reader:
+    """Reads the training images as the spec says."""
+    cache = None if data.cache is None else ShardCache(data.cache.folder, int(data.cache.gib * 2**30))
+    return Reader(
+        dataset.split("train"),
+        shard_cache=cache,
+        on_error=data.on_error,
+        on_damage=run.record_damage,
+        shards_open=max(SHARDS_OPEN, 2 * data.window + 2),  # the window, the next one, and where they meet
+    )
 
 
 def _log_snr_quartiles(log_snr: Tensor) -> Tensor:

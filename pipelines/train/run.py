@@ -9,12 +9,14 @@ import contextlib
 import importlib.metadata
 import platform
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
+from pipelines.data.damage import Damage
 from pipelines.data.manifest import Dataset
 from pipelines.errors import UserError
 from pipelines.spec import Spec, parse_spec
-from pipelines.store import Place, identity
+from pipelines.store import Place, canonical_json, identity
 from pipelines.train.checkpoint import Checkpoints
 from pipelines.train.journal import Journal
 
@@ -73,6 +75,17 @@ class Run:
         while not (place / f"{number:04d}").claim(b""):
             number += 1
         return number
+
+    def record_damage(self, damage: Damage) -> None:
+        """Keep which sample was read in place of a damaged one, once, whichever rank or attempt meets it."""
+        name = identity({"shard": damage.shard, "row": damage.row})[:16]
+        (self.place / "damage" / f"{name}.json").claim(canonical_json(asdict(damage)).encode())
+
+    def damage(self) -> list[Damage]:
+        """What was read in place of what, by shard and row."""
+        folder = self.place / "damage"
+        found = [Damage(**(folder / name).read_json()) for name in folder.list()]
+        return sorted(found, key=lambda damage: (damage.shard, damage.row))
 
     def last_step(self) -> int:
         """Step of the last checkpoint that verifies. UserError where there is none."""

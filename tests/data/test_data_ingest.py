@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,15 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipelines.data.ingest import ingest, is_held_out
+from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
 from pipelines.data.reader import Reader
+from pipelines.data.recipe import is_held_out
+from pipelines.data.shards import encode_png
 from pipelines.data.sources import open_source
 from pipelines.errors import UserError
 from pipelines.store import DamageError, Place
-from tests.data.data_helpers import Ingest, draw_pictures, noise_picture
+from tests.data.data_helpers import Ingest, draw_pictures, noise_picture, png, write_tar
 
 
 def files_of(place: Place) -> dict[str, bytes]:
@@ -210,9 +213,11 @@ def test_an_image_that_changes_during_the_ingest_is_named(pictures: Path, make: 
 def test_progress_counts_every_image_twice(pictures: Path, make: Ingest) -> None:
     calls: list[tuple[int, int]] = []
     make(pictures, progress=lambda done, total: calls.append((done, total)))
-    assert calls[39] == (40, 80)
-    assert calls[-1] == (80, 80)
-    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert {total for _, total in calls} == {80}
+    done = [done for done, _ in calls]
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, 80)
+    assert 40 in done  # all scanned, none written
 
 
 @pytest.mark.parametrize(
@@ -240,9 +245,33 @@ def test_a_place_that_cannot_be_written_is_named(pictures: Path, make: Ingest, t
         make(pictures, "file/out")
 
 
-def test_a_dataset_inside_its_source_is_refused(pictures: Path) -> None:
+def test_a_dataset_inside_its_source_is_refused(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lies inside data\.source"):
         ingest(str(pictures), Place.of(pictures / "out"), image_size=4, channels=1, held_out=0.5, shard_images=5)
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "a.tar", {"0.png": png(noise_picture(0))})
+    with pytest.raises(UserError, match=r"lies inside data\.source"):
+        ingest(str(tmp_path / "tars"), Place.of(tmp_path / "tars" / "deep" / "out"), image_size=4, channels=1)
+    # Beside a single file there is room.
+    source = str(tmp_path / "tars" / "a.tar")
+    assert len(ingest(source, Place.of(tmp_path / "tars" / "out"), image_size=4, channels=1, held_out=0.0).table) == 1
+
+
+def test_a_dataset_is_not_ingested_anew(pictures: Path, make: Ingest) -> None:
+    dataset = make(pictures)
+    with pytest.raises(UserError, match="is a dataset already"), pytest.warns(UserWarning, match="passed over"):
+        make(dataset.place, "another")
+
+
+def test_small_pictures_are_stored_unfiltered_and_any_reader_takes_them(tmp_path: Path) -> None:
+    for side, channels, filtered in ((28, 1, False), (26, 3, False), (27, 3, True), (64, 1, True)):
+        ramp = np.add.outer(np.arange(side), np.arange(side))[..., None].repeat(channels, 2).astype(np.uint8)
+        data = encode_png(ramp)
+        with Image.open(io.BytesIO(data)) as image:
+            assert np.array_equal(np.asarray(image).reshape(ramp.shape), ramp)
+        length = int.from_bytes(data[33:37], "big")
+        rows = np.frombuffer(zlib.decompress(data[41 : 41 + length]), np.uint8).reshape(side, -1)
+        assert bool(rows[:, 0].any()) == filtered
 
 
 def test_unknown_formats_and_damaged_manifests_are_named(pictures: Path, make: Ingest, tmp_path: Path) -> None:
@@ -258,7 +287,7 @@ def test_unknown_formats_and_damaged_manifests_are_named(pictures: Path, make: I
     (place / "dataset.json").write(b"{")
     with pytest.raises(DamageError, match=r"dataset\.json is not JSON"):
         Dataset.open(place)
-    (place / "dataset.json").write_json({"format": 1})
+    (place / "dataset.json").write_json({"format": 2})
     with pytest.raises(DamageError, match=r"dataset\.json lacks digest"):
         Dataset.open(place)
     rewrite()
@@ -282,7 +311,7 @@ def test_a_shard_name_cannot_lead_out_of_the_folder(pictures: Path, make: Ingest
 
     dataset = make(pictures)
     table: pa.Table = dataset.table
-    for name in ("../evil.tar", "/etc/passwd", "pipe:evil/x", ".hidden"):
+    for name in ("../evil.tar", "/etc/passwd", "pipe:evil/x", "a/../../b.tar", "a\\b.tar", ""):
         names = [name, *table["name"].to_pylist()[1:]]
         data = write_table(SHARD_COLUMNS, {**table.to_pydict(), "name": names})
         (dataset.place / "shards.parquet").write(data)

@@ -1,10 +1,9 @@
-"""Reading by (shard, row), streams of slots, and every kind of damage named."""
+"""Reading by (shard, row), and every kind of damage named."""
 
-import itertools
+import hashlib
+import io
 import pickle
 import shutil
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,10 +11,11 @@ import numpy as np
 import pytest
 
 from pipelines.data.manifest import Dataset, Split
-from pipelines.data.order import owned_slots
-from pipelines.data.reader import Reader, SlotStream
+from pipelines.data.reader import Reader
+from pipelines.data.shards import encode_png
 from pipelines.errors import UserError
 from pipelines.store import DamageError, Place
+from tests.data.dataset_helpers import change_index, flip, patch, read_rows
 
 BOTH = pytest.mark.parametrize("cache", [0, 2**20], ids=["pread", "cached"])
 
@@ -56,11 +56,10 @@ def test_what_is_read_belongs_to_the_caller(digits: Dataset) -> None:
 
 
 @BOTH
-def test_threads_share_a_reader(digits: Dataset, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.data.reader._SHARDS_OPEN", 1)
+def test_threads_share_a_reader(digits: Dataset, cache: int) -> None:
     split = digits.split("train")
     images, _ = Reader(split).read_all()
-    shared, order = Reader(split, cache_bytes=cache), split.order(4, 0)
+    shared, order = Reader(split, cache_bytes=cache, shards_open=1), split.order(4, 0)
     starts = np.cumsum([0, *split.shard_sizes])
 
     def read(number: int) -> bool:
@@ -71,102 +70,40 @@ def test_threads_share_a_reader(digits: Dataset, cache: int, monkeypatch: pytest
         assert all(pool.map(read, range(60)))
 
 
-def test_splits_travel_and_few_files_stay_open(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.data.reader._SHARDS_OPEN", 2)
+def test_splits_travel_and_few_files_stay_open(digits: Dataset) -> None:
     split: Split = pickle.loads(pickle.dumps(digits.split("train")))
     assert split.shard_sizes == digits.split("train").shard_sizes
     before = open_files()
-    reader = Reader(split, cache_bytes=0)
+    reader = Reader(split, cache_bytes=0, shards_open=2)
     assert np.array_equal(reader.read_all()[0], Reader(digits.split("train")).read_all()[0])
     assert open_files() <= before + 2
     del reader
     assert open_files() == before
 
 
+@BOTH
+def test_what_is_read_is_what_webdataset_reads(digits: Dataset, cache: int) -> None:
+    import webdataset
+    from PIL import Image
+
+    split = digits.split("train")
+    tars = [str(digits.place.path / shard.name) for shard in split.shards]
+    theirs = [
+        np.asarray(Image.open(io.BytesIO(sample["png"]))) for sample in webdataset.WebDataset(tars, shardshuffle=False)
+    ]
+    images, _ = Reader(split, cache_bytes=cache).read_all()
+    assert len(theirs) == len(images)
+    assert all(np.array_equal(image, mine[:, :, 0]) for image, mine in zip(theirs, images, strict=True))
+
+
 def open_files() -> int:
     return sum("digits" in str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
 
 
-@pytest.mark.parametrize(("slots", "workers"), [(4, 1), (4, 2), (4, 4), (8, 3)])
-def test_the_stream_of_all_workers_is_the_order(digits: Dataset, slots: int, workers: int) -> None:
-    split, batch, start, steps = digits.split("train"), 64, 20, 6  # an epoch of about 1430 ends in between
-    order = split.order(2, 5)
-    assert start * batch < len(split) < (start + steps) * batch
-    got: dict[tuple[int, int], np.ndarray] = {}
-    for rank in range(workers):
-        owned = owned_slots(rank, workers, slots)
-        with SlotStream(Reader(split), order, batch, slots, owned, start) as stream:
-            for step, slot, images, labels in itertools.islice(stream, len(owned) * steps):
-                assert images.shape == (batch // slots, 8, 8, 1)
-                assert labels.shape == (batch // slots,)
-                got[step, slot] = images
-    assert sorted(got) == [(step, slot) for step in range(start, start + steps) for slot in range(slots)]
-    expected, _ = Reader(split).read(*order.locate(np.arange(start * batch, (start + steps) * batch)))
-    assert np.array_equal(np.concatenate([got[place] for place in sorted(got)]), expected)
-
-
-def test_the_stream_stays_ahead_by_what_it_was_told(digits: Dataset) -> None:
-    reader = Reader(digits.split("train"))
-    reads = []
-    original = reader.read
-
-    def read(shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        reads.append(len(rows))
-        return original(shards, rows)
-
-    reader.read = read  # type: ignore[method-assign]
-    with SlotStream(reader, digits.split("train").order(4, 0), 32, 4, [0, 1], 0, ahead=3) as stream:
-        wait_until(lambda: len(reads) == 6)
-        time.sleep(0.05)
-        assert len(reads) == 6
-        next(stream)
-        wait_until(lambda: len(reads) == 7)
-    assert set(reads) == {8}
-
-
-def wait_until(condition: object) -> None:
-    end = time.monotonic() + 10
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
-def test_closing_ends_the_thread_and_the_stream(digits: Dataset) -> None:
-    threads = threading.active_count()
-    split = digits.split("train")
-    stream = SlotStream(Reader(split), split.order(4, 0), 64, 2, [0, 1], 0)
-    assert next(stream)[:2] == (0, 0)
-    assert next(stream)[:2] == (0, 1)
-    stream.close()
-    stream.close()
-    assert threading.active_count() == threads
-    assert list(stream) == []
-    with SlotStream(Reader(split), split.order(4, 0), 64, 2, [], 0) as idle:
-        assert list(idle) == []
-    assert threading.active_count() == threads
-
-
-def test_an_error_of_the_thread_reaches_the_reader_of_the_stream(copy: Dataset) -> None:
-    for file in copy.place.path.glob("train-*.tar"):
-        file.unlink()
-    split = copy.split("train")
-    with (
-        SlotStream(Reader(split), split.order(4, 0), 64, 1, [0], 0) as stream,
-        pytest.raises(DamageError, match=r"train-\d+\.tar is missing"),
-    ):
-        next(stream)
-
-
 @BOTH
 def test_a_flipped_byte_is_named_by_shard_and_member(copy: Dataset, cache: int) -> None:
-    import pyarrow.parquet as pq
-
-    index = pq.read_table(copy.place.path / "train-000001.parquet").to_pylist()
-    with open(copy.place.path / "train-000001.tar", "r+b") as file:
-        file.seek(index[17]["offset"] + index[17]["size"] // 2)
-        byte = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([byte[0] ^ 1]))
+    index = read_rows(copy.place, "train-000001.parquet")
+    flip(copy.place.path / "train-000001.tar", index[17]["offset"] + index[17]["size"] // 2)
     reader = Reader(copy.split("train"), cache_bytes=cache)
     others = np.array([row for row in range(300) if row != 17])
     reader.read(np.full(299, 1), others)
@@ -200,7 +137,10 @@ def test_missing_and_damaged_indices_are_named(copy: Dataset) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"member": "evil.pkl"}, r"evil\.pkl is not of a type that is read"),
+        ({"member": "evil.pkl"}, r"evil\.pkl is not of a type that is read \(png, jpg, jpeg, webp, npy\)"),
+        ({"member": "png"}, "member png is not of a type"),
+        ({"label": None}, r"held-out-000000\.parquet has empty fields"),
+        ({"offset": None}, r"held-out-000000\.parquet has empty fields"),
         ({"size": 2**40}, "cannot be 1099511627776 bytes"),
         ({"size": -1}, "cannot be -1 bytes"),
         ({"offset": -1}, "at -1, as the index"),
@@ -210,40 +150,20 @@ def test_missing_and_damaged_indices_are_named(copy: Dataset) -> None:
     ],
 )
 def test_an_index_is_not_trusted(copy: Dataset, changes: dict[str, object], message: str) -> None:
-    """Even one whose own sha256 is right: a dataset may come from somebody else."""
-    import hashlib
-    import json
-
-    import pyarrow.parquet as pq
-
-    from pipelines.data.manifest import INDEX_COLUMNS, SHARD_COLUMNS, write_table
-    from pipelines.data.shards import encode_png
-
-    place = copy.place
-    columns = pq.read_table(place.path / "held-out-000000.parquet").to_pydict()
-    content = changes.pop("content", None) if (changes := dict(changes)) else None
-    if content:
+    """Even one whose every sha256 is right: a dataset may come from somebody else."""
+    place, index = copy.place, "held-out-000000.parquet"
+    changes = dict(changes)
+    if content := changes.pop("content", None):
         data = encode_png(np.zeros((9, 9, 1), np.uint8)) if content == "wrong size" else b"GIF89a" * 20
-        with open(place.path / "held-out-000000.tar", "r+b") as file:
-            file.seek(columns["offset"][0])
-            file.write(data)
+        patch(place.path / "held-out-000000.tar", read_rows(place, index)[0]["offset"], data)
         changes |= {"size": len(data), "sha256": hashlib.sha256(data).digest()}
-    for name, value in changes.items():
-        columns[name][0] = value
-    index = write_table(INDEX_COLUMNS, columns)
-    (place / "held-out-000000.parquet").write(index)
-    table = copy.table.to_pydict()
-    table["index_sha256"][table["name"].index("held-out-000000.tar")] = hashlib.sha256(index).digest()
-    shards = write_table(SHARD_COLUMNS, table)
-    (place / "shards.parquet").write(shards)
-    card = json.loads((place / "dataset.json").read())
-    (place / "dataset.json").write_json({**card, "shards_sha256": hashlib.sha256(shards).hexdigest()})
+    change_index(place, index, lambda rows: rows[0].update(changes))
     reader = Reader(Dataset.open(place).split("held-out"))
     with pytest.raises(DamageError, match=message):
         reader.read(np.array([0]), np.array([0]))
 
 
 def test_an_index_of_an_unknown_format_is_refused(copy: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.data.manifest.FORMAT", 2)
-    with pytest.raises(UserError, match=r"train-000000\.parquet: format 1 is not known here, only 2"):
+    monkeypatch.setattr("pipelines.data.manifest.FORMAT", 99)
+    with pytest.raises(UserError, match=r"train-000000\.parquet: format \d+ is not known here, only 99"):
         Reader(copy.split("train")).read(np.array([0]), np.array([0]))

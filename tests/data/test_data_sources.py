@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipelines.data.ingest import Recipe, pixels_of
+from pipelines.data.recipe import Recipe
 from pipelines.data.sources import NO_LABEL, Digits, load_image, open_source
 from pipelines.errors import UserError
-from tests.data.data_helpers import draw_pictures
+from tests.data.data_helpers import draw_pictures, refused
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -42,8 +42,9 @@ def test_folder_is_sorted_and_labelled(pictures: Path) -> None:
     (pictures / ".hidden.png").write_bytes(b"")
     (pictures / "cat" / "deeper").mkdir()
     Image.new("L", (5, 5)).save(pictures / "cat" / "deeper" / "z.bmp")
-    with pytest.warns(UserWarning, match="1 files"):
+    with pytest.warns(UserWarning, match="1 files") as warned:
         source = open_source(str(pictures))
+    assert warned[0].filename == __file__
     titles = [source.title(i) for i in range(len(source))]
     assert len(titles) == 42
     assert titles == sorted(titles)
@@ -102,12 +103,16 @@ def test_modes_become_grey_or_rgb(tmp_path: Path) -> None:
     assert loaded(sideways, "turned.jpg", exif=exif).size == (4, 6)
 
 
+def recipe(image_size: int, channels: int) -> Recipe:
+    return Recipe(image_size=image_size, channels=channels, held_out=0.5, shard_images=1)
+
+
 @pytest.mark.parametrize("size", [(13, 7), (7, 13), (1, 9), (8, 8), (401, 100)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_odd_sizes_are_cropped_and_resized(tmp_path: Path, size: tuple[int, int], channels: int) -> None:
     Image.new("RGB", size, (50, 100, 150)).save(tmp_path / "a.png")
     for target in (4, 8, 32):
-        pixels = pixels_of(open_source(str(tmp_path)), 0, Recipe(target, channels, 0.5, 1))
+        pixels = recipe(target, channels).pixels(open_source(str(tmp_path)).load(0))
         assert pixels.shape == (target, target, channels)
         # 0.299 R + 0.587 G + 0.114 B (ITU-R 601)
         expected = [50, 100, 150] if channels == 3 else [91]
@@ -117,7 +122,7 @@ def test_odd_sizes_are_cropped_and_resized(tmp_path: Path, size: tuple[int, int]
 def test_shrinking_averages_areas_of_the_centre(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 256, (8, 12), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png")
-    pixels = pixels_of(open_source(str(tmp_path)), 0, Recipe(4, 1, 0.5, 1))[..., 0]
+    pixels = recipe(4, 1).pixels(open_source(str(tmp_path)).load(0))[..., 0]
     expected = values[:, 2:10].reshape(4, 2, 4, 2).mean(axis=(1, 3))
     assert np.abs(pixels - expected).max() <= 1
 
@@ -127,9 +132,16 @@ def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
         open_source(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"data\.source: no image in "):
         open_source(str(tmp_path))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"is not a folder"):
-        open_source(str(tmp_path / "file"))
+    for name in ("file", "a.png", "a.rar", "a.pkl"):
+        (tmp_path / name).write_text("")
+        refused(
+            tmp_path / name, r"^data\.source: .* is not a folder, nor a file of a known kind; give a folder of images"
+        )
+    os.mkfifo(tmp_path / "a.zip")
+    refused(tmp_path / "a.zip", r"^data\.source: .* is not a folder or a file; give a folder of images")
+    refused(tmp_path / ("x" * 300), r"^data\.source: .*; give a folder of images, a file \(\.zip, \.tar, \.parquet")
+    with pytest.raises(UserError, match=r"^data\.source: .*no_such_user.* cannot be read"):
+        open_source("~no_such_user/images")
 
 
 def test_unreadable_images_are_named_in_one_line(pictures: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from pipelines.data.ingest import is_held_out
 from pipelines.data.manifest import content_hash
+from pipelines.data.recipe import is_held_out
 from pipelines.evaluate.features import FeatureNet, train_feature_net
 
 

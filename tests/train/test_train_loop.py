@@ -44,6 +44,7 @@ def keyed_spec(**overrides: Any) -> Spec:
     """
     keyed: dict[str, Any] = {
         "data__flip": True,
+        "data__shift": 1,
         "model__dropout": 0.3,
         "train__warmup_images": 250,
         "train__weight_decay": 0.1,

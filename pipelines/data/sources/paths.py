@@ -1,0 +1,87 @@
+"""What the paths of images say, in a folder as in an archive: which are read, their classes and their split.
+
+Paths are relative and have forward slashes. The top-level folders are the classes; or they are a split
+(`train` and `test`, say), and then the folders below them are the classes.
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pipelines.data.sources.base import NO_LABEL
+from pipelines.data.sources.files import printable
+from pipelines.data.sources.images import SUFFIXES
+from pipelines.errors import UserError
+
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing", "val", "valid", "validation", "held-out", "heldout"), "held-out"),
+}
+"""What data sets call their splits, and which of ours that is."""
+
+
+_SPLIT_BEGINS = re.compile(rf"({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?![a-z])")
+
+
+class Layout(NamedTuple):
+    """What the paths say of each image."""
+
+    classes: tuple[str, ...]
+    """Names of the class folders, sorted."""
+    labels: tuple[int, ...]
+    splits: tuple[str, ...] | None
+    """`train` or `held-out` of each image; None where the paths are not split."""
+
+    def split(self, index: int) -> str | None:
+        """What the source's `split` says of an image."""
+        return self.splits[index] if self.splits else None
+
+
+def read_layout(files: Sequence[str]) -> Layout:
+    """Classes, labels and split by path. An image beside the class folders has no label."""
+    tops = {file.partition("/")[0] if "/" in file else "" for file in files}
+    split_of = own_split({top: SPLIT_NAMES.get(top.lower()) for top in tops})
+    splits = None
+    if split_of is not None:
+        splits = tuple(split_of[file.partition("/")[0]] for file in files)
+        files = [file.partition("/")[2] for file in files]
+    folders = [file.partition("/")[0] if "/" in file else None for file in files]
+    classes = tuple(sorted({folder for folder in folders if folder is not None}))
+    numbers: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
+    return Layout(classes, tuple(numbers.get(folder, NO_LABEL) for folder in folders), splits)
+
+
+def own_split(found: dict[str, str | None]) -> dict[str, str] | None:
+    """The split of each part of a source, given what its name says; None unless all say, and both splits are there."""
+    said = {part: split for part, split in found.items() if split is not None}
+    return said if len(said) == len(found) and len(set(said.values())) == 2 else None
+
+
+def split_of_file(path: str) -> str | None:
+    """The split that the name of a file of many images begins with, or else that of the folders it lies in, the inner
+    ones first: `train-00000-of-00002.parquet`, `data/test/0000.parquet`."""
+    found = (_SPLIT_BEGINS.match(part.lower()) for part in reversed(path.split("/")))
+    return next((SPLIT_NAMES[match[1]] for match in found if match), None)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is never looked at: dot files, and what macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def no_image(where: object) -> UserError:
+    """For a folder or an archive without any image."""
+    return UserError(
+        f"data.source: no image in {printable(where)}; files ending in {', '.join(SUFFIXES)} are looked for"
+    )
+
+
+def warn_passed_over(count: int, where: object, also: str = "") -> None:
+    """Say how many files are not read, if any, and why: by their names, or what `also` says."""
+    if count:
+        warnings.warn(
+            f"data.source: {count:,} files in {printable(where)} are passed over, whose names do not end in "
+            f"{', '.join(SUFFIXES)}{also}",
+            stacklevel=5,  # where `open_source` was called
+        )

@@ -1,0 +1,99 @@
+"""Ingest shared out to processes, stopped and gone on with: the same bytes as done alone and at once."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.cluster import Cluster
+from pipelines.data.ingest import ingest
+from pipelines.data.manifest import Dataset
+from pipelines.data.work import over_chunks
+from pipelines.errors import UserError
+from pipelines.store import Place
+from tests.data.data_helpers import draw_pictures
+
+RECIPE = {"image_size": 10, "channels": 3, "held_out": 0.3, "shard_images": 7}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 40 pictures are scanned in six chunks."""
+    monkeypatch.setattr("pipelines.data.ingest._CHUNK", 7)
+
+
+def files_of(place: Place) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(place.path.iterdir())}
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_the_bytes_do_not_depend_on_the_number_of_workers(cluster: Cluster, pictures: Path, tmp_path: Path) -> None:
+    alone = ingest(str(pictures), Place.of(tmp_path / "alone"), **RECIPE)
+    assert len(alone.table) > 5
+    for workers in (1, 2, 3):
+        out = Place.of(tmp_path / str(workers))
+        shared = ingest(str(pictures), out, cluster=cluster, workers=workers, **RECIPE)
+        assert shared.digest == alone.digest
+        assert files_of(out) == files_of(alone.place)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("stop_at", [15, 40, 55])
+def test_a_stopped_ingest_goes_on_with_what_is_missing(
+    cluster: Cluster, pictures: Path, tmp_path: Path, stop_at: int
+) -> None:
+    """Stopped in the scan, between scan and shards, among the shards; gone on with by another number of workers."""
+    out = Place.of(tmp_path / "stopped")
+
+    def stop(done: int, total: int) -> None:
+        if done >= stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(str(pictures), out, progress=stop, **RECIPE)
+    written = {file: file.stat().st_mtime_ns for file in out.path.glob("*.tar")}
+    assert bool(written) == (stop_at == 55)
+    with pytest.raises(UserError, match="no finished dataset"):
+        Dataset.open(out)
+    seen: list[int] = []
+    ingest(str(pictures), out, cluster=cluster, workers=2, progress=lambda done, total: seen.append(done), **RECIPE)
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+    assert seen[0] >= 14  # two chunks of the scan were taken over, or all
+    ingest(str(pictures), Place.of(tmp_path / "undisturbed"), **RECIPE)
+    assert files_of(out) == files_of(Place.of(tmp_path / "undisturbed"))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_images_added_after_a_stop_are_seen(pictures: Path, tmp_path: Path) -> None:
+    out = Place.of(tmp_path / "out")
+
+    def stop(done: int, total: int) -> None:
+        if done >= 55:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(str(pictures), out, progress=stop, **RECIPE)
+    draw_pictures(pictures, range(40, 45))
+    dataset = ingest(str(pictures), out, **RECIPE)
+    assert sum(split["samples"] for split in dataset.card["splits"].values()) == 45
+    ingest(str(pictures), Place.of(tmp_path / "undisturbed"), **RECIPE)
+    assert files_of(out) == files_of(Place.of(tmp_path / "undisturbed"))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_of_several_bad_images_the_first_is_named_whoever_meets_it(
+    cluster: Cluster, pictures: Path, tmp_path: Path
+) -> None:
+    for name in ("cat/036.png", "dog/039.png", "cat/004.png"):
+        (pictures / name).write_bytes(b"broken")
+    for workers in (1, 3):
+        with pytest.raises(UserError, match=r"cat/004\.png: cannot be read as an image"):
+            ingest(str(pictures), Place.of(tmp_path / "out"), cluster=cluster, workers=workers, **RECIPE)
+        assert not (tmp_path / "out").exists()
+
+
+def test_little_work_starts_no_ray() -> None:
+    cluster = Cluster(None)
+    cluster.connect = None  # type: ignore[assignment,method-assign]  # a call would fail
+    assert list(over_chunks(abs, [-1, 2, -3], cluster)) == [(0, 1), (1, 2), (2, 3)]
+    with pytest.raises(UserError, match=r"data\.workers: 0 is not a number of processes"):
+        list(over_chunks(abs, [-1], cluster, workers=0))
