@@ -23,10 +23,14 @@ def spec_of(found: Portable, folder: str) -> Spec:
     config = found.config
     model = config.to_dict()
     model["classes"] = model.pop("num_classes")
-    for name in ("image_channels", "learned_variance"):
+    unsaid = ["image_channels", "learned_variance"]  # other sections say them
+    unsaid += [] if config.num_classes is not None else ["null_class"]
+    unsaid += [] if config.attention or config.mid_attention else ["head_channels"]
+    for name in unsaid:
         del model[name]
-    learned = found.variance == "learned_range"
-    hidden = {} if config.null_class else {"label_dropout": 0.0}
+    train: dict[str, Any] = {"images": 1, "loss": "hybrid" if found.variance == "learned_range" else "simple"}
+    if config.num_classes is not None and not config.null_class:
+        train["label_dropout"] = 0.0
     return parse_spec(
         {
             "name": re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(folder).resolve().name).lstrip("-._")[:64] or "diffusers",
@@ -38,7 +42,7 @@ def spec_of(found: Portable, folder: str) -> Spec:
                 "predict": found.predict,
                 "variance": found.variance,
             },
-            "train": {"images": 1, "loss": "hybrid" if learned else "simple", **hidden},
+            "train": train,
             "sample": {
                 "sampler": found.sampler,
                 "steps": found.steps or found.schedule.timesteps,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from ddpm_core import NoiseSchedule
 from pipelines.build import build_config, build_schedule
@@ -70,7 +70,20 @@ def test_a_folder_is_drawn_with_as_its_classes_say(
     sample = said(tmp_path).sample
     assert (sample.sampler, sample.steps) == expected
     assert (sample.eta, sample.spacing) == (0, "leading")
-    # The index says which class is made of the scheduler's file; a file alone says so itself.
-    del index["scheduler"]
+    del index["scheduler"]  # its own file says what it is
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": pipeline}))
     assert said(tmp_path).sample == sample
+
+
+def test_the_index_says_which_class_the_scheduler_is_loaded_as(tmp_path: Path) -> None:
+    saved(tmp_path, theirs(**DIGITS), DDPMScheduler())
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "DDIMScheduler"]}))
+    assert isinstance(DDPMPipeline.from_pretrained(tmp_path).scheduler, DDIMScheduler)
+    assert said(tmp_path).sample.sampler == "ddim"
+
+
+def test_classes_are_a_specs(tmp_path: Path) -> None:
+    """Without a class for none, no label can be hidden."""
+    spec = said(saved(tmp_path, theirs(**DIGITS, num_class_embeds=4)))
+    assert (spec.model.classes, spec.model.null_class, spec.train.label_dropout) == (4, False, 0)

@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import safetensors.torch
 import yaml
+from diffusers import DDIMPipeline, DDIMScheduler
 
 from pipelines.build import build_model, build_process
 from pipelines.cluster import Cluster
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
+from pipelines.drawing import Settings, draw
 from pipelines.errors import UserError
+from pipelines.evaluate.job import held_out_bits
+from pipelines.foreign import of_diffusers
 from pipelines.interop import Portable, write_diffusers
+from pipelines.models import of_checkpoint
 from pipelines.pipeline import run, run_sweep, run_training, train_step
 from pipelines.progress import Progress
 from pipelines.session import open_session
@@ -25,6 +30,7 @@ from pipelines.train.driver import Trained
 from pipelines.train.loop import train
 from pipelines.train.run import Run, check_trainable
 from tests.conftest import tiny_fields, tiny_spec
+from tests.interop.interop_helpers import CIFAR10, DIGITS, WEIGHTS, assert_equal_outputs, theirs
 
 MODEL = tiny_fields()["model"]
 DIFFUSION = tiny_fields()["diffusion"]
@@ -191,3 +197,27 @@ def test_a_step_is_not_remembered_as_what_other_weights_came_to(
     monkeypatch.setattr(driver, "train", lambda *_: trained)
     with pytest.raises(UserError, match="were changed at the start"):
         step.work()
+
+
+def test_a_network_that_diffusers_made_is_drawn_with_scored_and_trained_on(dataset: Dataset, tmp_path: Path) -> None:
+    """With the conventions of the published checkpoints, from a folder of DDIM in shards."""
+    widths = {"block_out_channels": [32, 32], "attention_head_dim": None, "layers_per_block": 1, "add_attention": False}
+    blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    unet = theirs(**{**CIFAR10, **DIGITS, **widths, **blocks})
+    folder = tmp_path / "made"
+    DDIMPipeline(unet, DDIMScheduler(50, beta_start=0.002, beta_end=0.4)).save_pretrained(folder)
+    (folder / WEIGHTS).unlink()
+    unet.save_pretrained(folder / "unet", max_shard_size="200KB")
+
+    found = of_diffusers(str(folder))
+    images = draw(*found.build(), 8, Settings.of(found.spec.sample), range(2))
+    assert images.shape == (2, 1, 8, 8)
+    assert images.isfinite().all()
+    assert 0 < held_out_bits(found, dataset, found.spec) < 1000
+
+    sections = {name: getattr(found.spec, name).model_dump(mode="json") for name in ("model", "diffusion")}
+    train_fields = {**tiny_fields()["train"], "images": 32, "learning_rate": 1e-12, "init_from": str(folder)}
+    spec = parse_spec(tiny_fields(**sections, train=train_fields))
+    assert_fits(spec, dataset)
+    _, trained = of_checkpoint(begun(spec, dataset, tmp_path), 1).build()
+    assert_equal_outputs(trained, unet, 8)
