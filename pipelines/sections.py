@@ -31,7 +31,7 @@ class RayCluster(Section):
     """A Ray cluster's address ("auto": the one this host is part of); by default Ray is started for the run."""
 
 
-class ShardCache(Section):
+class LocalCache(Section):
     folder: str
     """On a local disk of each host that trains."""
     gib: PositiveFloat = 50.0
@@ -64,7 +64,7 @@ class Data(Section):
     """Move each training image by up to so many pixels along each axis, keyed by slot; its edge is repeated."""
     on_error: Literal["raise", "skip"] = "raise"
     """At a damaged training image stop, naming it, or read the next whole one instead, which is recorded in the run."""
-    cache: ShardCache | None = None
+    cache: LocalCache | None = None
     """Whole shards of a dataset on S3, kept on local disk; by default images are read from there one by one."""
 
     @model_validator(mode="after")

@@ -42,6 +42,11 @@ def portable(spec: Spec, storage: str | None, tracking_uri: str | None) -> Spec:
             f"data.source: {spec.data.source} is a relative path, which differs from host to host: "
             "give --set data.source=/an/absolute/path/that/every/host/sees"
         )
+    if spec.data.cache is not None and not Path(spec.data.cache.folder).is_absolute():
+        raise UserError(
+            f"data.cache.folder: {spec.data.cache.folder} is a relative path, which differs from host to host: "
+            "give an absolute one, on a local disk of each host"
+        )
     return spec.model_copy(
         update={
             "storage": str(Place.of(store)),

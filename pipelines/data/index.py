@@ -63,8 +63,8 @@ def index(
     Pictures stay as they are stored, and are brought to size and channels as they are read. The split is in the names
     of the tars or of their folders; otherwise `held_out` (by default 0.2) of the images are held out, by a hash of
     their content. With a cluster, the tars are shared out as `over_chunks` says; `progress(done, total)` counts them.
-    Where `out` holds the dataset of these very tars and settings nothing is done. UserError where there is no tar, no
-    picture, a damaged one, or something else in `out`.
+    Where `out` holds the dataset of these very tars (by name and size) and settings nothing is done. UserError where
+    there is no tar, no picture, a damaged one, or something else in `out`.
     """
     recipe = Recipe(
         image_size=image_size,
@@ -112,12 +112,17 @@ class _Index:
             raise UserError(
                 f"{self.tars}: no picture to train on in {len(names):,} tars; png, jpg, webp and npy are read"
             )
-        if empty := [name for name in names if not found[name]]:
+        empty = [name for name in names if not found[name]]
+        if empty:
             warnings.warn(f"{self.tars}: {len(empty):,} tars have no picture, {empty[0]} for one", stacklevel=3)
         digest, copies, straddling = self._digest(records)
         if copies:
             also = f", {straddling:,} of them in both splits, so that scores flatter the model" if straddling else ""
             warnings.warn(f"{self.tars}: {copies:,} images are exact copies of others{also}", stacklevel=3)
+        kept = {record.index for record in records}
+        for name in (self.out / INDEX).find(".parquet"):  # of tars that went since an earlier attempt
+            if f"{INDEX}/{name}" not in kept:
+                (self.out / INDEX / name).delete()
         dataset = commit(
             self.out,
             records,
@@ -128,6 +133,7 @@ class _Index:
             found={
                 "shard_images": None,  # they are cut as they are
                 "own_split": bool(self.splits),
+                "without_pictures": empty,
                 "duplicates": asdict(Duplicates(copies, between_splits=straddling)),
             },
             sheet=lambda split: _sheet(Reader(split, cache_bytes=0)),
@@ -143,8 +149,14 @@ class _Index:
         sizes = dict(zip(there.table["name"].to_pylist(), there.table["bytes"].to_pylist(), strict=True))
         recipe = {name: value for name, value in self.recipe.fields().items() if name != "shard_images"}
         same = there.card["source"] == {"kind": "tars", "name": str(self.tars)} and recipe.items() <= there.card.items()
-        if not same or any((self.tars / name).size() != size for name, size in sizes.items()):
+        if not same:
             raise UserError(f"{self.out}: another dataset is here (digest {there.digest[:12]}); name another folder")
+        known = {*sizes, *there.card["without_pictures"]}
+        changed = [n for n in names if n not in known or (n in sizes and (self.tars / n).size() != sizes[n])]
+        if changed := [*changed, *sorted(known.difference(names))]:
+            raise UserError(
+                f"{self.out}: {changed[0]} is not as it was when this dataset was made; delete its {CARD} to index anew"
+            )
         return there
 
     def _begin(self) -> None:

@@ -178,6 +178,27 @@ def test_tars_on_s3_are_indexed_and_read_there(
     assert beside.place.find("json") == ["dataset.json", "ingest.json"]  # no record of the work is left
 
 
+def test_tars_that_came_went_or_changed_are_seen(tars: Path) -> None:
+    first = index(Place.of(tars), **SETTINGS)
+    write_tar(tars / "d.tar", {"9.png": png(noise_picture(99))})
+    with pytest.raises(UserError, match=r"d\.tar is not as it was .*; delete its dataset\.json to index anew"):
+        index(Place.of(tars), **SETTINGS)
+    (tars / "dataset.json").unlink()
+    second = index(Place.of(tars), **SETTINGS)
+    assert len(images_of(second)) == N + 1
+    (tars / "d.tar").unlink()
+    with pytest.raises(UserError, match=r"d\.tar is not as it was"):
+        index(Place.of(tars), **SETTINGS)
+    (tars / "dataset.json").unlink()
+    assert index(Place.of(tars), **SETTINGS).digest == first.digest
+    assert list((tars / "index").glob("d.*")) == []
+    write_tar(tars / "notes.tar", {"a.txt": b"no picture"})
+    (tars / "dataset.json").unlink()
+    with pytest.warns(UserWarning, match=r"1 tars have no picture, notes\.tar for one"):
+        third = index(Place.of(tars), **SETTINGS)
+    assert index(Place.of(tars), **SETTINGS).digest == third.digest == first.digest
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[int]:
     with s3_server() as port:

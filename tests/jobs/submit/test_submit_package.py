@@ -37,6 +37,9 @@ def test_relative_images_are_refused_and_absolute_ones_are_not() -> None:
         portable(tiny_spec(data__source="pictures/cats"), "/store", None)
     assert portable(tiny_spec(data__source="/pictures"), "/store", None).data.source == "/pictures"
     assert portable(tiny_spec(), "/store", None).data.source == "digits"
+    assert portable(tiny_spec(data__source="s3://bucket/set"), "/store", None).data.source == "s3://bucket/set"
+    with pytest.raises(UserError, match=r"^data.cache.folder: cache is a relative path"):
+        portable(tiny_spec(data__cache={"folder": "cache"}), "/store", None)
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "sqlite:///mlflow.db", "sqlite://", "file://mlruns"])
