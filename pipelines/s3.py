@@ -158,7 +158,10 @@ class S3Place(Place):
             self._try("deleted", lambda files: files.delete_file(self._location))
 
     def remove(self) -> None:
-        """Delete all objects below this prefix; not at once, so that a reader may find some of them."""
+        """Delete all objects below this prefix; not at once, so that a reader may find some of them. UserError for a
+        whole bucket."""
+        if not self.key:
+            raise UserError(f"storage {self}: a whole bucket is not removed from here; name a prefix in it")
         with contextlib.suppress(FileNotFoundError):
             self._try("deleted", lambda files: files.delete_dir(self._location))
 

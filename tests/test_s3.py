@@ -143,13 +143,32 @@ def test_what_s3_lacks_is_said(root: S3Place) -> None:
     for lacking in (
         lambda: root.path,
         lambda: root.claim(b""),
-        lambda: root.remove(),
         lambda: root.commit_folder({"x": b""}),
         lambda: root.sweep_temporaries(),
         lambda: root.lock("run r").__enter__(),
     ):
         with pytest.raises(UserError, match=f"storage {root}: only local folders are supported for this, give a path"):
             lacking()
+
+
+def test_a_prefix_is_removed_and_nothing_beside_it(root: S3Place) -> None:
+    for name in ("gone/a", "gone/deep/b", "gone2/c", "d"):
+        (root / name).write(b"1")
+    (root / "gone").remove()
+    assert root.find("") == ["d", "gone2/c"]
+    assert root.list() == ["d", "gone2"]
+    (root / "gone").remove()  # there is nothing, and nothing happens
+    with pytest.raises(UserError, match="a whole bucket is not removed from here"):
+        S3Place(root.bucket).remove()
+    assert (root / "d").read() == b"1"
+
+
+def test_a_file_tells_when_it_was_changed(root: S3Place) -> None:
+    (root / "x").write(b"1")
+    assert abs((root / "x").changed() / 1e9 - time.time()) < 3600
+    for missing in ("y", "deep"):
+        with pytest.raises(FileNotFoundError):
+            (root / missing).changed()
 
 
 def test_a_place_pickles_without_its_connection(root: S3Place) -> None:

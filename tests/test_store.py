@@ -150,3 +150,12 @@ def test_places_know_where_they_are(tmp_path: Path) -> None:
     assert not remote.is_local
     assert not remote.is_within(tmp_path)
     assert place == Place.of(tmp_path / "a") != remote
+
+
+def test_files_below_a_folder_are_found_but_for_hidden_ones(tmp_path: Path) -> None:
+    place = Place.of(tmp_path)
+    for name in ("b.tar", "deep/er/a.tar", "deep/a.txt", ".hidden/c.tar", ".d.tar", "deep/.tmp-1.tar"):
+        (place / name).write(b"")
+    assert place.find(".tar") == ["b.tar", "deep/er/a.tar"]
+    assert (place / "nowhere").find(".tar") == []
+    assert (place / "b.tar").changed() == (tmp_path / "b.tar").stat().st_mtime_ns
