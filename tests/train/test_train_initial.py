@@ -91,7 +91,7 @@ def test_weights_of_another_network_are_refused_by_field(
     """Though their names and shapes may be the same. The sections that fit are offered, to be pasted."""
     folder = exported(tiny_spec(model={**MODEL, **theirs}), tmp_path / "out")
     with pytest.raises(UserError) as caught:
-        check_trainable(tiny_spec(model={**MODEL, **ours}, train__init_from=folder), dataset)
+        check_trainable(tiny_spec(model={**MODEL, **ours}, train__init_from=folder, train__label_dropout=0.0), dataset)
     message = str(caught.value)
     assert message.startswith(f"train.init_from: {folder} holds the weights of another network: {said}")
     assert "\n" not in message
@@ -193,7 +193,7 @@ def test_a_step_is_not_remembered_as_what_other_weights_came_to(
     spec = tiny_spec(train__images=32, train__init_from=folder)
     with Cluster(None) as unused:
         step = train_step(spec, dataset, open_session(unused, Progress(), spec, str(tmp_path / "store")))
-    trained = Trained("tiny-of-others", "", 1, 1, "", "")
+    trained = Trained("tiny-of-others", "", 1, 1, "", "", 0)
     monkeypatch.setattr(driver, "train", lambda *_: trained)
     with pytest.raises(UserError, match="were changed at the start"):
         step.work()
@@ -205,7 +205,7 @@ def test_a_network_that_diffusers_made_is_drawn_with_scored_and_trained_on(datas
     blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
     unet = theirs(**{**CIFAR10, **DIGITS, **widths, **blocks})
     folder = tmp_path / "made"
-    DDIMPipeline(unet, DDIMScheduler(50, beta_start=0.002, beta_end=0.4)).save_pretrained(folder)
+    DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=50, beta_start=0.002, beta_end=0.4)).save_pretrained(folder)
     (folder / WEIGHTS).unlink()
     unet.save_pretrained(folder / "unet", max_shard_size="200KB")
 
