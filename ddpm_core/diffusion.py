@@ -46,7 +46,7 @@ class GaussianDiffusion:
 
     Any prediction goes with "small" and "large"; "learned_range" with all but "mean". ValueError for other
     combinations, and for "eps" on a schedule with zero terminal signal; with "eps" and "mean", x0 cannot be read in
-    float32 where that holds no signal (alpha_bar_T below 1e-89 or so), which is a ValueError too.
+    float32 where that holds no signal (alpha_bar below 1e-89 or so), which is a ValueError at such t.
     """
 
     def __init__(self, schedule: NoiseSchedule, predict: str = "eps", variance: str = "small") -> None:
@@ -63,8 +63,9 @@ class GaussianDiffusion:
         self.variance = variance
         tables = _tables(schedule)
         self._tables = {torch.device("cpu"): tables}
-        divisor = {"eps": "signal_rate", "mean": "mean_x0"}.get(predict)  # of x0, see predict_x0
-        self._needs_float64 = divisor is not None and not tables[divisor].float().all()
+        self._divisor = {"eps": "signal_rate", "mean": "mean_x0"}.get(predict)  # of x0, see predict_x0
+        self.needs_float64 = self._divisor is not None and not bool(tables[self._divisor].float().all())
+        """Whether there are timesteps at which x0 cannot be read in float32."""
 
     @property
     def timesteps(self) -> int:
@@ -129,9 +130,9 @@ class GaussianDiffusion:
         t, x_t, output = self._heard(x_t, t, output)
         if self.predict == "x0":
             return output
-        if self._needs_float64 and x_t.dtype != torch.float64:
+        if self.needs_float64 and self._divisor and not self._at(self._divisor, t, x_t).all():
             raise ValueError(
-                f"{self.predict} on {self.schedule} says nothing about x0 in float32, which cannot hold so little "
+                f"{self.predict} on {self.schedule} says nothing about x0 in {x_t.dtype}, which cannot hold so little "
                 "signal: use float64, predict v or x0, or end the schedule earlier"
             )
         if self.predict == "mean":

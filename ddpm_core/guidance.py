@@ -15,9 +15,12 @@ class Conditioned(nn.Module):
     for "unconditional" (Ho and Salimans 2022, "Classifier-free diffusion guidance", eq. 6 with w one more than
     there). 1 is the class-conditional model itself and 0 the unconditional one, in one pass; any other takes a pass of
     twice the batch. Only the first `channels` of the output are steered (by default all): those of a learned variance
-    stay the conditional ones. ValueError for a network without classes, without a null class where one is needed, or
-    a guidance below 0.
+    stay the conditional ones, but for 0, which has no class in it at all. ValueError for a network without classes,
+    without a null class where one is needed, or a guidance below 0.
     """
+
+    _labels: Tensor
+    _null: Tensor
 
     def __init__(self, model: UNet, labels: Tensor, guidance: float = 1.0, channels: int | None = None) -> None:
         super().__init__()
@@ -29,13 +32,14 @@ class Conditioned(nn.Module):
         if guidance != 1 and not model.config.null_class:
             raise ValueError("guidance needs a network with a null class")
         self.model = model
-        self._labels = labels
-        self._null = torch.full_like(labels, classes)
+        self.register_buffer("_labels", labels, persistent=False)
+        self.register_buffer("_null", torch.full_like(labels, classes), persistent=False)
         self._guidance = guidance
         self._channels = channels
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """As the network without labels would answer, for the labels given."""
+        """The network's answer for the labels; arguments as those of a network without."""
+        timestep = timestep.expand(len(x_t))
         if self._guidance in (0, 1):
             return self.model(x_t, timestep, self._labels if self._guidance else self._null)
         both = torch.cat((self._labels, self._null))

@@ -35,7 +35,7 @@ def key(seed: int, purpose: str, *index: int) -> int:
     chance (of 2^-64 for any two). ValueError for a seed or index that is no integer, and for a purpose with a number
     between its slashes, which an index could not be told from.
     """
-    if any(part.isdigit() for part in purpose.split("/")):
+    if any(part.removeprefix("-").isdigit() for part in purpose.split("/")):
         raise ValueError(f"a purpose must not have a number between slashes: {purpose!r}; give it as an index")
     text = "/".join(
         [str(checked_integer(seed, "a seed")), purpose, *(str(checked_integer(i, "an index")) for i in index)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_core import noise
-from ddpm_core.checks import NotFiniteError
+from ddpm_core.checks import NotFiniteError, check_finite
 from ddpm_core.diffusion import GaussianDiffusion, Network, evaluating
 from ddpm_core.guidance import Conditioned
 from ddpm_core.schedule import NoiseSchedule, check_spacing
@@ -145,25 +145,27 @@ def sample(
     keys = [noise.key(seed, "sample") for seed in seeds]
     original, steps_down = process.schedule.original_timesteps.tolist(), _steps(process.schedule)
     draws = noise.Draws(keys, shape, process.timesteps + 1, device)
-    with evaluating(model):
-        x = draws[0]
-        for index, (t, step) in enumerate(steps_down):
-            t_tensor = torch.full((len(keys),), t, device=device)
-            output = process.call(network, x, t_tensor)
-            x0 = process.predict_x0(x, t_tensor, output)
-            if clip_x0:
-                x0 = x0.clamp(-1, 1) if dynamic_threshold is None else _thresholded(x0, dynamic_threshold)
-            if callback is not None:
-                callback(index, original[t - 1], x, x0)
-            learned = process.variance == "learned_range" and sampler == "ancestral"
-            variance = process.predict_variance(x, t_tensor, output) if learned else step.variance(process)
-            x, sigma = move(step, x, x0, variance)
-            if isinstance(sigma, Tensor) or sigma > 0:
-                x = x + sigma * draws[index + 1]
-    if not x.isfinite().all():
+    try:
+        with evaluating(model):
+            x = draws[0]
+            for index, (t, step) in enumerate(steps_down):
+                t_tensor = torch.full((len(keys),), t, device=device)
+                output = process.call(network, x, t_tensor)
+                x0 = process.predict_x0(x, t_tensor, output)
+                if clip_x0:
+                    x0 = x0.clamp(-1, 1) if dynamic_threshold is None else _thresholded(x0, dynamic_threshold)
+                if callback is not None:
+                    callback(index, original[t - 1], x, x0)
+                learned = process.variance == "learned_range" and sampler == "ancestral"
+                variance = process.predict_variance(x, t_tensor, output) if learned else step.variance(process)
+                x, sigma = move(step, x, x0, variance)
+                if isinstance(sigma, Tensor) or sigma > 0:
+                    x = x + sigma * draws[index + 1]
+        check_finite(x)
+    except NotFiniteError:
         raise NotFiniteError(
             "the images hold NaN or infinities: the network, or its sampler without clipping, diverged"
-        )
+        ) from None
     return x.clone()  # a copy made outside inference mode can be used anywhere
 
 

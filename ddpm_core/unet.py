@@ -5,6 +5,7 @@ The first level works at full resolution, each further one at half the size of t
 every result is kept; on the way up each block takes the matching one as extra channels.
 """
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self, cast
@@ -220,7 +221,9 @@ class UNet(nn.Module):
             for block, attention in level.pairs():
                 h = attention(block(torch.cat((h, skips.pop()), dim=1), next(shift)))
             h = level.resample(h)
-        with torch.autocast(h.device.type, enabled=False):
+        device = h.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
             return self.conv_out(self.norm_out(h.to(self.conv_out.weight.dtype)))
 
     def time_shifts(self, timestep: Tensor, labels: Tensor | None = None) -> list[Tensor]:

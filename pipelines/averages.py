@@ -63,6 +63,12 @@ def _snapshots(
     run: Run, train: Train, step: int, target: Mapping[float, Mapping[str, Tensor]]
 ) -> Iterator[Mapping[str, Tensor]]:
     """The averages that the recipe is for, in its order."""
+    kept = {*run.checkpoints.kept_snapshots(), step}
+    if lost := [at for at in _steps(train, step) if at not in kept]:
+        raise UserError(
+            f"sample.ema_length: run {run.name} keeps no snapshot of step {lost[0]}, of which the average is made: it "
+            "was lost, or an earlier version trained the run; leave sample.ema_length out, or train anew"
+        )
     for at in _steps(train, step):
         profiles = target if at == step else run.checkpoints.snapshot(at)
         yield from (profiles[width] for width in _widths(train))

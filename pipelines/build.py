@@ -37,7 +37,14 @@ def build_schedule(diffusion: Diffusion) -> NoiseSchedule:
 
 def build_process(diffusion: Diffusion) -> GaussianDiffusion:
     """The diffusion process of a spec. ValueError for a combination that means nothing."""
-    return GaussianDiffusion(build_schedule(diffusion), predict=diffusion.predict, variance=diffusion.variance)
+    process = GaussianDiffusion(build_schedule(diffusion), predict=diffusion.predict, variance=diffusion.variance)
+    if process.needs_float64:  # networks here compute in float32
+        raise ValueError(
+            f"{diffusion.predict} says nothing about x0 where the schedule ends, at alpha_bar = "
+            f"{process.schedule.alpha_bar[-1].item():.0e}, which float32 cannot hold: predict v or x0, or keep more "
+            "signal"
+        )
+    return process
 
 
 def build_loss(train: Train) -> Loss:

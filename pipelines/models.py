@@ -122,39 +122,43 @@ def find_model(
             hint = f"did you mean {near}?" if near else f"of a model, only {', '.join(_SETTABLE)} can be set"
             raise UserError(f"--set {override}: {hint}")
     warn_unused(overrides, USED[verb], verb)
-    model, of_run = _find(text, store, tracker)
-    if not overrides:
-        return model
-    spec = parse_spec(apply_overrides(model.spec.model_dump(mode="json"), overrides), text)
-    warn_without_effect(spec, said=without_effect(model.spec))
-    if spec.sample.ema_length == model.spec.sample.ema_length:
-        return replace(model, spec=spec)
-    if of_run is None:
+
+    def changed(recorded: Spec) -> Spec:
+        if not overrides:
+            return recorded
+        spec = parse_spec(apply_overrides(recorded.model_dump(mode="json"), overrides), text)
+        warn_without_effect(spec, said=without_effect(recorded))
+        return spec
+
+    found = _find(text, store, tracker)
+    if not isinstance(found, Model):
+        run, step = found
+        return of_checkpoint(run, step, changed(run.spec()))
+    spec = changed(found.spec)
+    if spec.sample.ema_length != found.spec.sample.ema_length:
         raise UserError("--set sample.ema_length: this model's weights are one average; name the run they come from")
-    return of_checkpoint(*of_run, spec)
+    return replace(found, spec=spec)
 
 
-def _find(text: str, store: Place, tracker: Tracker) -> tuple[Model, tuple[Run, int] | None]:
-    """The model, and the run and step it is of, where it is known by them."""
+def _find(text: str, store: Place, tracker: Tracker) -> Model | tuple[Run, int]:
+    """The model, or the run and step whose averages it is to be made of."""
     if is_diffusers(text):
         from pipelines.foreign import of_diffusers
 
-        return of_diffusers(text), None
+        return of_diffusers(text)
     if "@" in text and not Path(text).exists():
         from pipelines.registry.register import download
 
         name, _, version = text.partition("@")
-        return download(name, version, tracker.existing()), None
+        return download(name, version, tracker.existing())
     if (Path(text) / EMA).exists():
         folder = Place.of(text)
         if not folder.name.isdigit() or not (folder.path.parent.parent / "run.json").exists():
             raise UserError(f"MODEL {text}: this checkpoint is not in its run's folder, whose run.json says what it is")
-        run, step = Run(Place(folder.path.parent.parent)), int(folder.name)
-    else:
-        given = Path(text)
-        run = Run(Place.of(given)) if (given / "run.json").exists() else find_run(text, store)
-        step = run.last_step()
-    return of_checkpoint(run, step), (run, step)
+        return Run(Place(folder.path.parent.parent)), int(folder.name)
+    given = Path(text)
+    run = Run(Place.of(given)) if (given / "run.json").exists() else find_run(text, store)
+    return run, run.last_step()
 
 
 def dump_config(model: Model) -> bytes:

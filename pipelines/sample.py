@@ -23,7 +23,7 @@ from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.store import DamageError, Place, check_writable, identity, sha256
 
-FORMAT = 2
+FORMAT = 3
 _CHUNK_RETRIES = 3
 _JOB, _MANIFEST, _LOCK = "job.json", "manifest.json", ".lock"
 

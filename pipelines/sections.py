@@ -11,7 +11,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 _SNAPSHOTS = 16
 """Of the power-function averages of a run, by default: of two widths, an average of one between them is then made to
 within 1 %."""
-_MOST_SNAPSHOTS = 1000
+_MOST_SNAPSHOTS = 256
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -239,7 +239,9 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _snapshots_are_few(self) -> "Train":
-        if (count := len(self.snapshot_steps(self.total_steps))) > _MOST_SNAPSHOTS:
+        every = max(self.snapshot_every, self.global_batch)
+        count = self.total_steps * self.global_batch // every if self.ema_profiles else 0
+        if count > _MOST_SNAPSHOTS:
             raise ValueError(
                 f"train.ema_snapshot_every: {self.ema_snapshot_every} images make {count:,} snapshots, "
                 f"more than the {_MOST_SNAPSHOTS} that are of any use; raise it"
@@ -262,7 +264,7 @@ class Train(Section):
         if not self.ema_profiles:
             return []
         batch, every = self.global_batch, self.snapshot_every
-        return [step for step in range(1, last + 1) if step * batch // every > (step - 1) * batch // every]
+        return sorted({-(-k * every // batch) for k in range(1, last * batch // every + 1)})
 
 
 class Sample(Section):

@@ -125,6 +125,10 @@ class Spec(Section):
         del train["ema_snapshot_every"]
         if self.train.ema_profiles:
             train["ema_snapshot_every"] = self.train.snapshot_every
+            train["ema_profiles"] = sorted(set(self.train.ema_profiles))
+        if self.model.classes is None:  # what then has no effect makes no other run
+            train["label_dropout"] = Train.model_fields["label_dropout"].default
+            spec["model"]["null_class"] = Model.model_fields["null_class"].default
         data = {"window": self.data.window, "flip": self.data.flip}
         if self.data.shift:  # without it, a run is what it was before there was such a field
             data["shift"] = self.data.shift
@@ -156,6 +160,7 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = (), resol
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a spec is a mapping of fields, starting with `name: ...`")
     spec = parse_spec(apply_overrides(fields, overrides), origin=str(path))
+    check_average(spec, str(path))
     warn_without_effect(spec)
     return resolve_paths(spec) if resolve else spec
 
@@ -205,6 +210,13 @@ def _check_buildable(spec: Spec, origin: str) -> None:
             build()
         except (ValueError, ArithmeticError) as error:
             raise UserError(f"{origin}: {field}: {error}") from None
+
+
+def check_average(spec: Spec, origin: str) -> None:
+    """UserError where the spec's training would not leave the average that it samples with.
+
+    Of what is to be trained: of what was trained, that is known by what is there.
+    """
     if (length := spec.sample.ema_length) is not None:
         from pipelines.averages import recipe
 

@@ -29,14 +29,14 @@ def run_trial(config: Mapping[str, Any]) -> None:
     try:
         with run.driving():
             _train(spec, dataset, run)
+        run.checkpoints.pin(spec.train.total_steps)
+        model = of_checkpoint(run, spec.train.total_steps)
+        bits = held_out_bits(model, dataset, spec)
+        frechet = sampled_frechet(model, dataset, spec, store, config["frechet_images"])
     except Failed as diverged:  # a result, and the same one however often it is tried
         images = (run.checkpoints.latest_step() or 0) * spec.train.global_batch
         _tune_report({CLOCK: images, METRIC: math.inf, "finished": 0, "diverged": str(diverged)})
         return
-    run.checkpoints.pin(spec.train.total_steps)
-    model = of_checkpoint(run, spec.train.total_steps)
-    bits = held_out_bits(model, dataset, spec)
-    frechet = sampled_frechet(model, dataset, spec, store, config["frechet_images"])
     _tune_report(
         {CLOCK: spec.train.total_steps * spec.train.global_batch, METRIC: bits, "frechet": frechet, "finished": 1}
     )

@@ -84,7 +84,7 @@ class Checkpoints:
         """The power-function averages of a step, by sigma_rel. DamageError where they are missing or damaged."""
         return profiles_of((self.snapshots / f"{step:09d}").read_folder(PROFILES)[PROFILES])
 
-    def snapshot_steps(self) -> list[int]:
+    def kept_snapshots(self) -> list[int]:
         """Steps whose power-function averages are kept, rising."""
         return sorted(int(n) for n in self.snapshots.list() if n.isdigit())
 

@@ -66,6 +66,7 @@ class Run:
         with (self.place / "lock").lock(f"run {self.name}"):
             self.place.sweep_temporaries()
             self.checkpoints.place.sweep_temporaries()
+            self.checkpoints.snapshots.sweep_temporaries()
             yield
 
     def claim_attempt(self) -> int:

@@ -64,6 +64,24 @@ def test_guidance_goes_from_the_unconditional_through_the_conditional(inputs: tu
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.0])
+def test_one_timestep_serves_all_images(model: UNet, inputs: tuple[Tensor, Tensor, Tensor], w: float) -> None:
+    x, _, labels = inputs
+    conditioned = Conditioned(model, labels, w)
+    expected = conditioned(x, torch.full((len(x),), 5))
+    for shape in ((), (1,)):
+        assert torch.equal(conditioned(x, torch.full(shape, 5)), expected)
+
+
+def test_labels_go_where_the_network_goes_and_are_no_weights() -> None:
+    model = network()
+    conditioned = Conditioned(model, torch.tensor([0, 1]), 2.0)
+    assert set(conditioned.state_dict()) == {f"model.{name}" for name in model.state_dict()}
+    conditioned.to("meta")
+    assert {tensor.device.type for tensor in (*conditioned.buffers(), *model.parameters())} == {"meta"}
+
+
+@torch.inference_mode()
 def test_guidance_with_the_null_class_steers_nowhere(model: UNet, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     x, t, labels = inputs
     null = torch.full_like(labels, NULL)

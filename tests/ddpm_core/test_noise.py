@@ -150,8 +150,9 @@ def test_keys_never_meet() -> None:
 
 def test_a_purpose_is_no_index() -> None:
     """Their text would be the same: "1/a/2"."""
-    with pytest.raises(ValueError, match="number between slashes: 'a/2'"):
-        noise.key(1, "a/2")
+    for purpose in ("a/2", "a/-2", "2/a", "7"):
+        with pytest.raises(ValueError, match=f"number between slashes: '{purpose}'"):
+            noise.key(1, purpose)
     assert noise.key(1, "init/down.0.conv1") != noise.key(1, "init", 0)
 
 

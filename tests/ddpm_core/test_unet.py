@@ -108,6 +108,11 @@ def test_the_output_is_float32_under_autocast() -> None:
     torch.testing.assert_close(output, model(x, t), rtol=0, atol=0.1)
 
 
+def test_shapes_can_be_had_without_numbers() -> None:
+    output = UNet(DIGITS).to("meta")(draw(2, 1, 8, 8).to("meta"), torch.tensor([1, 900], device="meta"))
+    assert output.shape == (2, 1, 8, 8)
+
+
 def test_a_network_of_half_precision_answers_in_it() -> None:
     output = trained(DIGITS).bfloat16()(draw(2, 1, 8, 8).bfloat16(), torch.tensor([1, 900]))
     assert output.dtype == torch.bfloat16

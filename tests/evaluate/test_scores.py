@@ -154,5 +154,5 @@ def test_a_network_that_answers_nan_has_no_score() -> None:
     with torch.no_grad():
         unet.conv_out.bias.fill_(np.nan)
     settings = Settings.of(Sample(n=2, steps=4))
-    with pytest.raises(Failed, match="nothing was drawn, the images"):
+    with pytest.raises(Failed, match="nothing was drawn, the images hold NaN or infinities: the network"):
         draw(process, unet, 4, settings, range(2))

@@ -1,13 +1,10 @@
 """What may be trained beside the plain model: classes, a learned variance, averages of any length, others' weights."""
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from pipelines.build import build_model
 from pipelines.cluster import Cluster
@@ -97,71 +94,6 @@ def test_classes_are_those_of_the_dataset(tmp_path: Path) -> None:
         fields = {**spec.model_dump(mode="json"), "sweep": {"parameters": {"seed": [1, 2]}}}
         with pytest.raises(UserError, match=r"model\.classes: 9, but the images have 10 classes"):
             run_sweep(parse_spec(fields), session)
-
-
-def test_an_average_of_another_length_is_made_after_training(dataset: Dataset, tmp_path: Path) -> None:
-    """As if it had been kept from the start; it decides how a run is drawn, not what it learns."""
-    fields = {"train__images": 1920, "train__keep_checkpoints": 12, "train__ema_profiles": [0.05, 0.1]}
-    run = trained(tiny_spec(**fields), dataset, tmp_path / "a")
-    wanted = tiny_spec(**fields, sample__ema_length=0.07)
-    assert Run.of(wanted, dataset.digest, Place.of(tmp_path / "a")).name == run.name
-    made = of_checkpoint(run, 60, wanted)
-    assert re.fullmatch(r"power function, sigma_rel 0\.07, its profile met to within 0\.\d%", made.average)
-
-    kept = trained(tiny_spec(**{**fields, "train__ema_profiles": [0.07]}), dataset, tmp_path / "b")
-    assert kept.checkpoints.digests(60)["model.safetensors"] == run.checkpoints.digests(60)["model.safetensors"]
-    direct = kept.checkpoints.load(60).profiles[0.07]
-    weights = safetensors.torch.load(made.weights)
-
-    def away(tensors: Mapping[str, Tensor]) -> float:
-        return sum(float((tensors[n] - direct[n]).square().sum()) for n in direct) ** 0.5
-
-    others = [run.checkpoints.load(60).model, *run.checkpoints.load(60).profiles.values()]
-    assert away(weights) < 0.1 * min(away(other) for other in others)
-
-    with pytest.raises(UserError, match=r"make 0\.2 with an error of"):
-        of_checkpoint(run, 5, tiny_spec(**fields, sample__ema_length=0.2))  # of the first snapshots alone
-
-
-def test_neither_stops_nor_checkpoints_change_an_average_made_after_training(dataset: Dataset, tmp_path: Path) -> None:
-    """Snapshots are kept at 100, 200, ... images, that is at the first batch of 32 that reaches them."""
-
-    def spec(**train_fields: object) -> Spec:
-        fields = {"ema_profiles": [0.05, 0.1], "ema_snapshot_every": 100, **train_fields}
-        return tiny_spec(train={**tiny_fields()["train"], **fields}, sample={"ema_length": 0.08, "steps": 5})
-
-    undisturbed = trained(spec(), dataset, tmp_path / "a")
-    disturbed = trained(spec(checkpoint_every=3), dataset, tmp_path / "b", stop_at=7 * 32)
-    assert disturbed.name == undisturbed.name
-    pair = (undisturbed, disturbed)
-    assert [each.checkpoints.snapshot_steps() for each in pair] == [[4, 7, 10, 13, 16, 19]] * 2
-    one, two = (of_checkpoint(each, 20) for each in pair)
-    assert one.weights == two.weights
-    assert one.average == two.average
-
-
-def test_where_snapshots_lie_is_part_of_a_run_that_keeps_them(dataset: Dataset, tmp_path: Path) -> None:
-    def name(**train_fields: object) -> str:
-        return Run.of(tiny_spec(train={**tiny_fields()["train"], **train_fields}), dataset.digest, place).name
-
-    place, profiles = Place.of(tmp_path), {"ema_profiles": [0.05, 0.1]}
-    assert name(**profiles) == name(**profiles, checkpoint_every=7, ema_snapshot_every=40), "a 16th of 640"
-    assert name(**profiles) != name(**profiles, ema_snapshot_every=96)
-    assert name(**profiles) != name(**profiles, images=6400), "whose 16th is longer"
-    fixed = {**profiles, "ema_snapshot_every": 96}
-    assert name(**fixed) == name(**fixed, images=6400)
-    assert name() == name(images=6400, ema_snapshot_every=96), "where none are kept"
-
-
-def test_an_average_that_cannot_be_made_is_refused_before_anything_starts() -> None:
-    fields = {"train__images": 1920, "train__ema_profiles": [0.05, 0.1]}
-    tiny_spec(**fields, sample__ema_length=0.03)
-    with pytest.raises(UserError, match=r"sample\.ema_length: snapshots of 0\.05, 0\.1, 16 of each, make 0\.015 with"):
-        tiny_spec(**fields, sample__ema_length=0.015)
-    with pytest.raises(UserError, match=r"sample\.ema_length: snapshots of 0\.05, 0\.1, 1 of each, make 0\.2 with"):
-        tiny_spec(**fields, sample__ema_length=0.2, train__ema_snapshot_every=100_000)
-    with pytest.raises(UserError, match=r"train\.ema_snapshot_every: 1 images make 2,000 snapshots"):
-        tiny_spec(**{**fields, "train__images": 64_000}, train__ema_snapshot_every=1)
 
 
 def test_a_run_goes_on_from_a_model_made_elsewhere(dataset: Dataset, tmp_path: Path) -> None:
