@@ -146,7 +146,10 @@ def verify(dataset: DatasetFolder, workers: Workers = None, as_json: Json = Fals
         progress.finish("verify", f"{result.images:,} images, {len(result.findings):,} findings")
     print_result(as_json, asdict(result), lambda: show_verification(result))
     if result.findings:
-        raise Failed(f"{place}: {len(result.findings):,} findings; ingest it again, or bring back what was changed")
+        raise Failed(
+            f"{place}: {len(result.findings):,} findings; bring back what was changed, or ingest the images into a new "
+            "folder"
+        )
 
 
 @data.command()

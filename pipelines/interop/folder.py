@@ -7,6 +7,7 @@ It holds `model_index.json` (the components' classes), `unet/` (`config.json` an
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,12 @@ class Portable:
 def export_diffusers(model: "Model", out: str | os.PathLike[str]) -> dict[str, str]:
     """Write a model as a folder that `diffusers.DDPMPipeline.from_pretrained(out)` loads: see `write_diffusers`."""
     process, unet = model.build()
+    if unet.config.num_classes is not None:
+        warnings.warn(
+            "DDPMPipeline gives its network no class, which this one needs: draw from the folder by `ddpm sample`, or "
+            "call its UNet2DModel with class_labels in a loop of your own",
+            stacklevel=2,
+        )
     return write_diffusers(
         Portable(
             config=unet.config,

@@ -52,6 +52,12 @@ def read_initial(folder: str) -> Initial:
     if is_diffusers(folder):
         found = read_diffusers(folder)
         return Initial(found.weights, spec_of(found, folder))
+    if not Path(folder).is_dir():
+        raise UserError(f"train.init_from: there is no folder {folder}")
+    if (Path(folder) / "run.json").is_file():
+        last = Run(Place.of(folder)).checkpoints.latest_step()
+        hint = "" if last is None else f"; its last checkpoint is {Run(Place.of(folder)).checkpoints.at(last)}"
+        raise UserError(f"train.init_from: {folder} is a run, name one of its checkpoints{hint}")
     if not (Path(folder) / EMA).is_file():
         raise UserError(f"train.init_from: {folder} is neither a checkpoint nor a folder of diffusers' DDPMPipeline")
     checkpoint = Place.of(folder)

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from pipelines.data.ingest import ingest
 from pipelines.errors import UserError
-from pipelines.interop import read_diffusers
+from pipelines.foreign import of_diffusers
+from pipelines.interop import export_diffusers, read_diffusers
 from pipelines.models import of_checkpoint
 from pipelines.store import Place
 from pipelines.train.loop import train
@@ -64,3 +65,11 @@ def test_what_cannot_be_exported_is_bad_input(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             CliRunner().invoke(app, ["export", str(given), str(given), *words], catch_exceptions=False)
+
+
+def test_an_export_with_classes_says_that_the_pipeline_gives_none(tmp_path: Path) -> None:
+    given = saved(tmp_path / "given", theirs(**DIGITS, num_class_embeds=4))
+    with pytest.warns(UserWarning, match="DDPMPipeline gives its network no class"):
+        export_diffusers(of_diffusers(str(given)), tmp_path / "out")
+    with pytest.raises(ValueError, match="class_labels should be provided"):
+        DDPMPipeline.from_pretrained(tmp_path / "out")(num_inference_steps=1)

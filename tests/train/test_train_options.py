@@ -114,6 +114,10 @@ def test_a_run_goes_on_from_a_model_made_elsewhere(dataset: Dataset, tmp_path: P
         trained(other, dataset, tmp_path)
     with pytest.raises(UserError, match="neither a checkpoint nor a folder"):
         Run.of(tiny_spec(train__init_from=str(tmp_path)), dataset.digest, Place.of(tmp_path))
+    with pytest.raises(UserError, match=r"is a run, name one of its checkpoints; its last checkpoint is .*000000010"):
+        Run.of(tiny_spec(train__init_from=str(run.place)), dataset.digest, Place.of(tmp_path))
+    with pytest.raises(UserError, match=r"there is no folder .*gone"):
+        Run.of(tiny_spec(train__init_from=str(tmp_path / "gone")), dataset.digest, Place.of(tmp_path))
 
 
 def test_a_diffusers_folder_is_a_model_like_any_other(dataset: Dataset, tmp_path: Path) -> None:
