@@ -1,5 +1,6 @@
 """Sweeps through real Ray Tune: ranked by held-out bits/dim, early stops leave nothing behind, mistakes come first."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelines import trial
 from pipelines.cluster import Cluster
+from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
-from pipelines.errors import UserError
+from pipelines.errors import Failed, UserError
 from pipelines.evaluate.job import held_out_bits
 from pipelines.models import of_checkpoint
 from pipelines.pipeline import run_sweep, run_training
@@ -131,3 +134,23 @@ def test_a_mistake_is_found_before_any_trial_starts(sweep: dict[str, Any], messa
 def test_a_spec_without_a_sweep_is_refused(session: Session) -> None:
     with pytest.raises(UserError, match="no `sweep:` section"):
         run_sweep(tiny_spec(), session)
+
+
+def test_a_checkpoint_without_bits_does_not_part_rank_0_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 alone scores. It reports, as all do, and the trial ends where all of them see that it diverged."""
+    import ray.train
+
+    def no_bits(*args: Any) -> float:
+        raise Failed("the model answers NaN to held-out images: it diverged, and has no bits/dim")
+
+    reported: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray.train, "report", reported.append)
+    monkeypatch.setattr(trial, "held_out_bits", no_bits)
+    spec = tiny_spec(train__images=32, train__checkpoint_every=1)
+    dataset = ingest("digits", Place.of(tmp_path / "data"), image_size=8, channels=1, held_out=0.4, shard_images=1000)
+    run = Run.of(spec, dataset.digest, Place.of(tmp_path))
+    run.describe(spec, dataset.digest)
+    train(spec, dataset, run, at_checkpoint=trial._report_from_worker)
+    assert reported == [{"images": 32, "bits_per_dim": math.inf, "finished": 0}]
