@@ -20,25 +20,15 @@ from pipelines.session import open_session
 from pipelines.spec import Spec, load_spec, parse_spec
 from pipelines.store import Place
 from pipelines.train.checkpoint import Checkpoints
-from pipelines.train.loop import train
 from pipelines.train.run import Run
 from tests.conftest import tiny_fields, tiny_spec, write_spec
+from tests.train.train_helpers import trained
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     out = Place.of(tmp_path_factory.mktemp("data") / "digits")
     return ingest("digits", out, image_size=8, channels=1, held_out=0.4, shard_images=100)
-
-
-def trained(spec: Spec, dataset: Dataset, store: Path, stop_at: int | None = None) -> Run:
-    run = Run.of(spec, dataset.digest, Place.of(store))
-    run.describe(spec, dataset.digest)
-    if stop_at is not None:
-        stopped = spec.model_copy(update={"train": spec.train.model_copy(update={"images": stop_at})})
-        train(stopped, dataset, run)
-    train(spec, dataset, run)
-    return run
 
 
 def test_an_average_of_another_length_is_made_after_training(dataset: Dataset, tmp_path: Path) -> None:

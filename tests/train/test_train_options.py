@@ -20,9 +20,9 @@ from pipelines.progress import Progress
 from pipelines.session import open_session
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place
-from pipelines.train.loop import train
 from pipelines.train.run import Run
 from tests.conftest import tiny_fields, tiny_spec
+from tests.train.train_helpers import trained
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,6 @@ def conditional_spec(**train_fields: object) -> Spec:
             **train_fields,
         },
     )
-
-
-def trained(spec: Spec, dataset: Dataset, store: Path, stop_at: int | None = None) -> Run:
-    run = Run.of(spec, dataset.digest, Place.of(store))
-    run.describe(spec, dataset.digest)
-    if stop_at is not None:
-        stopped = spec.model_copy(update={"train": spec.train.model_copy(update={"images": stop_at})})
-        train(stopped, dataset, run)
-    train(spec, dataset, run)
-    return run
 
 
 def test_a_stop_changes_no_bit_of_a_conditional_model_with_learned_variance(dataset: Dataset, tmp_path: Path) -> None:
