@@ -5,10 +5,11 @@ on with the tars that have none. Then, as in an ingest: contact sheet, table of 
 """
 
 import functools
+import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines.cluster import Cluster
 from pipelines.data.card import SHEET_IMAGES, commit, sheet_of
+from pipelines.data.headers import open_whole
 from pipelines.data.index_tar import INDEX, Found, Tar, index_tar
 from pipelines.data.ingest import HELD_OUT_SHARE, alone
 from pipelines.data.manifest import (
@@ -36,7 +38,7 @@ from pipelines.data.plan import Duplicates
 from pipelines.data.reader import Reader
 from pipelines.data.recipe import Recipe, Resize
 from pipelines.data.sources import NO_LABEL
-from pipelines.data.sources.paths import own_split, split_of_file
+from pipelines.data.sources.paths import own_split, split_of_file, warn_of_labels
 from pipelines.data.work import over_chunks
 from pipelines.data.write import ShardRecord
 from pipelines.errors import UserError
@@ -44,6 +46,7 @@ from pipelines.store import Place, check_writable, identity
 
 _RECORDS = "indexed"
 """Folder of the records, while the indexing lasts."""
+_RECORDED = {field.name for field in fields(ShardRecord)}
 
 
 def index(
@@ -63,8 +66,8 @@ def index(
     Pictures stay as they are stored, and are brought to size and channels as they are read. The split is in the names
     of the tars or of their folders; otherwise `held_out` (by default 0.2) of the images are held out, by a hash of
     their content. With a cluster, the tars are shared out as `over_chunks` says; `progress(done, total)` counts them.
-    Where `out` holds the dataset of these very tars (by name and size) and settings nothing is done. UserError where
-    there is no tar, no picture, a damaged one, or something else in `out`.
+    Where `out` holds the dataset of these very tars (by name, size and sha256) and settings nothing is done. UserError
+    where there is no tar, no picture, a damaged one, or something else in `out`.
     """
     recipe = Recipe(
         image_size=image_size,
@@ -115,6 +118,7 @@ class _Index:
         empty = [name for name in names if not found[name]]
         if empty:
             warnings.warn(f"{self.tars}: {len(empty):,} tars have no picture, {empty[0]} for one", stacklevel=3)
+        warn_of_labels(sum(one.unread_labels for name in names for one in found[name]), self.tars)
         digest, copies, straddling = self._digest(records)
         if copies:
             also = f", {straddling:,} of them in both splits, so that scores flatter the model" if straddling else ""
@@ -146,18 +150,30 @@ class _Index:
     def same_dataset(self, names: Sequence[str]) -> Dataset:
         """The dataset that is there, if it is the one asked for."""
         there = Dataset.open(self.out)
-        sizes = dict(zip(there.table["name"].to_pylist(), there.table["bytes"].to_pylist(), strict=True))
+        columns = (there.table[name].to_pylist() for name in ("name", "bytes", "sha256"))
+        tars = {name: (size, digest) for name, size, digest in zip(*columns, strict=True)}
         recipe = {name: value for name, value in self.recipe.fields().items() if name != "shard_images"}
         same = there.card["source"] == {"kind": "tars", "name": str(self.tars)} and recipe.items() <= there.card.items()
         if not same:
             raise UserError(f"{self.out}: another dataset is here (digest {there.digest[:12]}); name another folder")
-        known = {*sizes, *there.card["without_pictures"]}
-        changed = [n for n in names if n not in known or (n in sizes and (self.tars / n).size() != sizes[n])]
-        if changed := [*changed, *sorted(known.difference(names))]:
+        known = {*tars, *there.card["without_pictures"]}
+        gone = sorted(known.difference(names))
+        others = (name for name in names if not self._is_as_it_was(name, known, tars))
+        changed = next(itertools.chain(others, gone), None)
+        if changed is not None:
             raise UserError(
-                f"{self.out}: {changed[0]} is not as it was when this dataset was made; delete its {CARD} to index anew"
+                f"{self.out}: {changed} is not as it was when this dataset was made; delete its {CARD} to index anew"
             )
         return there
+
+    def _is_as_it_was(self, name: str, known: Collection[str], tars: Mapping[str, tuple[int, bytes]]) -> bool:
+        """Whether a tar is that of the dataset that is there. It is read whole: tars are padded, and changed labels,
+        say, leave their size as it was.
+        """
+        if name not in tars:
+            return name in known
+        place, (size, digest) = self.tars / name, tars[name]
+        return place.size() == size and open_whole(place, size)[1] == digest
 
     def _begin(self) -> None:
         """Mark the folder as ours: what is in it without the mark is not."""
@@ -215,12 +231,12 @@ def _recorded(out: Place, recipe: Recipe, tar: Tar) -> list[Found] | None:
     except FileNotFoundError:
         return None
     found = []
-    for fields in told:
+    for record in told:
         for name in ("labels", "names"):
-            fields[name] = {int(label): value for label, value in fields[name].items()}
+            record[name] = {int(label): value for label, value in record[name].items()}
         for name in ("pixel_sum", "pixel_square_sum"):
-            fields[name] = tuple(fields[name])
-        found.append(Found(**fields))
+            record[name] = tuple(record[name])
+        found.append(Found(**record))
     return found if all((out / one.index).exists() for one in found) else None
 
 
@@ -240,9 +256,9 @@ def _records(found: Sequence[Found]) -> tuple[list[ShardRecord], tuple[str, ...]
     records = []
     for one in sorted(found, key=lambda one: (SPLITS.index(one.split), one.tar)):
         labels = Counter(one.labels)
-        fields = {name: value for name, value in asdict(one).items() if name not in ("tar", "labels", "names")}
+        same = {name: value for name, value in asdict(one).items() if name in _RECORDED}
         per_class = tuple(labels[label] for label in range(len(classes)))
-        records.append(ShardRecord(name=one.tar, per_class=per_class, unlabelled=labels[NO_LABEL], **fields))
+        records.append(ShardRecord(name=one.tar, per_class=per_class, unlabelled=labels[NO_LABEL], **same))
     return records, classes
 
 

@@ -8,6 +8,7 @@ first dot after its last slash): its picture is the member whose whole ending is
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,8 @@ class Found:
     """Images of each label, NO_LABEL among them."""
     names: dict[int, str]
     """Of the classes, where the samples say them."""
+    unread_labels: int
+    """Of images whose label is there and no number."""
 
 
 def index_tar(tars: Place, out: Place, recipe: Recipe, tar: Tar) -> list[Found]:
@@ -72,10 +75,12 @@ def index_tar(tars: Place, out: Place, recipe: Recipe, tar: Tar) -> list[Found]:
     columns: dict[str, dict[str, list[Any]]] = {split: {name: [] for name in INDEX_COLUMNS} for split in SPLITS}
     sums = {split: Sums(recipe.channels) for split in SPLITS}
     names: dict[str, dict[int, str]] = {split: {} for split in SPLITS}
+    unread = Counter[str]()
     for key, member, pixels, data in _decoded(place, read_at, pictures, recipe):
         content = content_hash(pixels)
         split = tar.split or SPLITS[is_held_out(content, recipe.held_out)]
-        label, name = _label(place, read_at, notes.get(key, {}))
+        label, name, is_read = _label(place, read_at, notes.get(key, {}))
+        unread[split] += not is_read
         if name is not None and names[split].setdefault(label, name) != name:
             raise _refused(place, member.name, f"has a label {label} called {name} here, {names[split][label]} before")
         row = (key, member.name, member.offset, member.size, hashlib.sha256(data).digest(), content, label)
@@ -102,6 +107,7 @@ def index_tar(tars: Place, out: Place, recipe: Recipe, tar: Tar) -> list[Found]:
                 pixel_square_sum=sums[split].squares,
                 labels=dict(zip(labels.tolist(), counts.tolist(), strict=True)),
                 names=names[split],
+                unread_labels=unread[split],
             )
         )
     return found
@@ -158,26 +164,33 @@ def _decoded(
         yield key, member, pixels, data
 
 
-def _label(place: Place, read_at: ReadAt, notes: Mapping[str, Member]) -> tuple[int, str | None]:
-    """A sample's label, NO_LABEL where there is none, and the name of its class, where that is said."""
-    label, name = None, None
+def _label(place: Place, read_at: ReadAt, notes: Mapping[str, Member]) -> tuple[int, str | None, bool]:
+    """A sample's label, NO_LABEL where there is none; the name of its class, where that is said; and whether what is
+    said of its label could be read.
+    """
+    label, name, is_read = None, None, True
     for ending, member in sorted(notes.items()):  # of both, `.json` has the last word
         if member.size > _NOTE_BYTES:
             continue
         data = read_at(member.offset, member.size)
         try:
-            if ending == "cls":
-                label = int(data)
-            elif isinstance(note := json.loads(data), dict):
-                label = note["label"] if type(note.get("label")) is int else label
-                name = note["class"] if isinstance(note.get("class"), str) else None
+            note = int(data) if ending == "cls" else json.loads(data)
         except (ValueError, RecursionError):
+            is_read = is_read and ending != "cls"
             continue
+        if ending == "cls":
+            label = note
+        elif isinstance(note, dict):
+            said = note.get("label")
+            is_read = said is None or type(said) is int
+            label = said if type(said) is int else label
+            name = note["class"] if isinstance(note.get("class"), str) else None
         if label is not None and not NO_LABEL <= label < MAX_CLASSES:
             raise _refused(
                 place, member.name, f"has the label {label}, which is not from 0 to {MAX_CLASSES - 1}; correct it"
             )
-    return (NO_LABEL, None) if label is None or label == NO_LABEL else (label, name)
+    known = label is not None and label != NO_LABEL
+    return (label, name, True) if known and label is not None else (NO_LABEL, None, is_read)
 
 
 def _refused(place: Place, member: str, problem: str) -> UserError:

@@ -5,6 +5,7 @@ there is a `ShardCache`. Its sha256 is checked at each read. A split whose decod
 unless told) is kept decoded: each sample is read, checked and decoded once.
 """
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -176,12 +177,13 @@ class _Decoded:
 
 
 class SlotStream:
-    """Endless stream of the slots that a worker owns, read and decoded ahead by a few threads.
+    """Stream of the slots that a worker owns, read and decoded ahead by a few threads.
 
     Yields (step, slot, images uint8 [b, H, W, C], labels int64 [b]) for every owned slot of every step from
-    `start_step` on, in that order, with b = global_batch / slots. Slots that are decoded or being decoded ahead take
-    at most `ahead_bytes`, or are one. A worker that owns no slot gets an empty stream. An error of a thread is raised
-    where the stream is read, in the place of the slot that it belongs to.
+    `start_step` on, in that order, with b = global_batch / slots; up to `end_step`, beyond which nothing is read, or
+    for ever. Slots that are decoded or being decoded ahead take at most `ahead_bytes`, or are one. A worker that owns
+    no slot gets an empty stream. An error of a thread is raised where the stream is read, in the place of the slot that
+    it belongs to.
     """
 
     def __init__(
@@ -194,12 +196,14 @@ class SlotStream:
         start_step: int,
         ahead_bytes: int = AHEAD_BYTES,
         threads: int | None = None,
+        end_step: int | None = None,
     ) -> None:
         """`threads` is by default what suits the reader."""
         threads = threads or reader.threads
         self._reader, self._order = reader, order
         self._global_batch, self._slots, self._owned = global_batch, slots, tuple(owned)
         self._start_step = start_step
+        self._count = math.inf if end_step is None else max(0, end_step - start_step) * len(self._owned)
         slot_bytes = global_batch // slots * int(np.prod(reader.shape))
         self._room = max(1, min(ahead_bytes // slot_bytes, _MOST_SLOTS_AHEAD))
         self._run = max(1, min(_RUN_BYTES // slot_bytes, self._room // (2 * threads)))
@@ -218,8 +222,10 @@ class SlotStream:
 
     def __next__(self) -> Slot:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._delivered in self._ready)
-            if self._closed:
+            self._changed.wait_for(
+                lambda: self._closed or self._delivered in self._ready or self._delivered == self._count
+            )
+            if self._closed or self._delivered == self._count:
                 raise StopIteration
             item = self._ready.pop(self._delivered)
             self._delivered += 1
@@ -254,12 +260,13 @@ class SlotStream:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._has_room())
-                if self._closed:
+                self._changed.wait_for(lambda: self._closed or self._begun == self._count or self._has_room())
+                if self._closed or self._begun == self._count:
                     return
-                first, self._begun = self._begun, self._begun + self._run
+                first, self._begun = self._begun, int(min(self._begun + self._run, self._count))
+                numbers = range(first, self._begun)
             try:
-                items: Sequence[Slot | BaseException] = self._read(range(first, first + self._run))
+                items: Sequence[Slot | BaseException] = self._read(numbers)
             except BaseException as error:  # carried to the reader of the stream, whatever it is
                 items = [error]
             with self._changed:

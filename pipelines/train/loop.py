@@ -276,7 +276,9 @@ class Trainer:
             raise RuntimeError(f"attempt {self.attempt} of run {self.run.name} was superseded: it writes no more")
 
     def stream(self) -> SlotStream:
-        """The images of the owned slots from this step on."""
+        """The images of the owned slots from this step on, to the end: what lies beyond is not even read, so that a
+        run's record of damage is of the images that it was trained on.
+        """
         return SlotStream(
             self._data,
             self._order,
@@ -284,6 +286,7 @@ class Trainer:
             slots=self.spec.train.slots,
             owned=self.owned,
             start_step=self.step,
+            end_step=self.spec.train.total_steps,
         )
 
     def _resume(self) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,36 @@ def test_tars_that_came_went_or_changed_are_seen(tars: Path) -> None:
     with pytest.warns(UserWarning, match=r"1 tars have no picture, notes\.tar for one"):
         third = index(Place.of(tars), **SETTINGS)
     assert index(Place.of(tars), **SETTINGS).digest == third.digest == first.digest
+
+
+def test_labels_that_changed_are_seen_though_no_size_did(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    tar = tmp_path / "tars" / "a.tar"
+    write_tar(tar, {**GOOD, **{f"{i}.cls": b"0" for i in range(4)}})
+    size = tar.stat().st_size
+    index(Place.of(tmp_path / "tars"), held_out=0.0, **SETTINGS)
+    write_tar(tar, {**GOOD, **{f"{i}.cls": b"1" for i in range(4)}})
+    assert tar.stat().st_size == size
+    with pytest.raises(UserError, match=r"a\.tar is not as it was"):
+        index(Place.of(tmp_path / "tars"), held_out=0.0, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("notes", "unread"),
+    [
+        ({"0.cls": b"cat", "1.json": b'{"label": "dog"}', "2.cls": b"1"}, 2),
+        ({"0.cls": b"cat", "0.json": b'{"label": 1}', "1.json": b'{"caption": "a dog"}', "2.json": b"{}"}, 0),
+    ],
+)
+def test_labels_that_are_no_numbers_are_told(notes: dict[str, bytes], unread: int, tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "a.tar", {**GOOD, **notes})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset = index(Place.of(tmp_path / "tars"), held_out=0.0, **SETTINGS)
+    said = [str(warning.message) for warning in caught if "not read as labels" in str(warning.message)]
+    assert [text.split()[1] for text in said] == ([str(unread)] if unread else [])
+    assert dataset.card["splits"]["train"]["unlabelled"] == 3
 
 
 @pytest.fixture(scope="module")

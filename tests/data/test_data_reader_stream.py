@@ -72,6 +72,19 @@ def test_the_stream_stays_ahead_by_the_bytes_that_it_was_told(digits: Dataset, t
         assert [step for step, *_ in itertools.islice(stream, 20)] == list(range(20))  # one slot there is always
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_a_stream_with_an_end_reads_nothing_beyond_it(digits: Dataset, threads: int, steps: int) -> None:
+    split = digits.split("train")
+    order = split.order(4, 0)
+    reader = Counted(split)
+    with SlotStream(reader, order, 32, 4, [1, 3], 2, threads=threads, end_step=2 + steps) as stream:
+        found = list(stream)
+        assert list(stream) == []
+    assert [place[:2] for place in found] == [(step, slot) for step in range(2, 2 + steps) for slot in (1, 3)]
+    assert reader.asked == steps * 2 * 8
+
+
 def test_what_a_stream_gives_belongs_to_the_caller(digits: Dataset) -> None:
     split = digits.split("train")
     expected, _ = Reader(split).read(*split.order(4, 0).locate(np.arange(64)))

@@ -187,7 +187,7 @@ def test_labels_beside_the_images_count_only_if_all_have_one(tmp_path: Path) -> 
         path = tmp_path / "a.tar"
         write_tar(path, {"a/0.png": PICTURE, "a/1.jpg": b""} | beside)
         if warns:
-            with pytest.warns(UserWarning, match=f"{warns} files in"):
+            with pytest.warns(UserWarning, match=rf"{warns} \.cls and \.json files in .* are not read as labels"):
                 source = open_source(str(path))
         else:
             source = open_source(str(path))

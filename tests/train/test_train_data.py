@@ -121,14 +121,30 @@ def test_skipped_damage_is_recorded_and_changes_no_bit_of_the_order(
     train(spec, dataset, other)
     assert other.checkpoints.digests(outcome.step) == run.checkpoints.digests(outcome.step)
     assert other.damage() == found
-    # A rank of two sees the same images in its slots.
-    alone, second = Trainer(spec, dataset, run, World()), Reader(dataset.split("train"), on_error="skip")
+    # A slot is what another reader makes of it.
+    fresh = run_of(spec, dataset, tmp_path / "three")
+    alone, second = Trainer(spec, dataset, fresh, World()), Reader(dataset.split("train"), on_error="skip")
     order = dataset.split("train").order(spec.data.window, spec.seed)
     with alone.stream() as stream:
         step, slot, pixels, _ = next(stream)
     b = spec.train.global_batch // spec.train.slots
     first = (step * spec.train.slots + slot) * b
     assert np.array_equal(pixels, second.read(*order.locate(np.arange(first, first + b)))[0])
+
+
+@pytest.mark.parametrize("images", [32, 320, 960])
+def test_damage_is_recorded_of_what_was_trained_on_alone(
+    damaged: tuple[Dataset, set], images: int, tmp_path: Path
+) -> None:
+    """Reading ahead meets no more of it, however far ahead it is."""
+    dataset, places = damaged
+    spec = tiny_spec(data__on_error="skip", train__images=images)
+    run = run_of(spec, dataset, tmp_path)
+    train(spec, dataset, run)
+    split = dataset.split("train")
+    shards, rows = split.order(spec.data.window, spec.seed).locate(np.arange(images))
+    met = {(split.shard(int(shard)).name, int(row)) for shard, row in zip(shards, rows, strict=True)} & places
+    assert {(damage.shard, damage.row) for damage in run.damage()} == met
 
 
 def test_a_record_of_damage_is_kept_once(whole: Dataset, tmp_path: Path) -> None:

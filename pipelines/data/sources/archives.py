@@ -20,7 +20,7 @@ from PIL import Image
 from pipelines.data.sources.base import MAX_CLASSES, NO_LABEL, numbered_classes
 from pipelines.data.sources.files import check_text, fingerprint, read_at, refused, unreadable, zip_data_offset
 from pipelines.data.sources.images import SUFFIXES, check_image_bytes, decode_image, is_image
-from pipelines.data.sources.paths import Layout, is_hidden, no_image, read_layout, warn_passed_over
+from pipelines.data.sources.paths import Layout, is_hidden, no_image, read_layout, warn_of_labels, warn_passed_over
 from pipelines.errors import UserError
 
 _PACKED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
@@ -69,6 +69,7 @@ class Archive:
         stripped: int,
         numbered: bool,
         passed_over: int,
+        unread_labels: int,
     ) -> None:
         self.kind = kind
         self.name = str(path)
@@ -79,6 +80,7 @@ class Archive:
         """The folder that has all images and is not part of their titles; empty where there is none."""
         self._stripped = stripped
         self.passed_over = passed_over
+        self.unread_labels = unread_labels
         """Files that are neither images nor their labels."""
         self.numbered = numbered
         """Whether labels are numbers of files beside the images, and the classes named by them."""
@@ -144,13 +146,13 @@ def open_archive(path: Path, strip: bool = True, quiet: bool = False) -> Archive
     stripped = len(names[0].partition("/")[0]) + 1 if strip and len(tops) == 1 and None not in tops else 0
     layout = read_layout([name[stripped:] for name in names])
     labels = _labels_beside(path, members, listed)
-    if labels is None:
-        passed_over += len(listed) - len(members)
-    else:
+    unread_labels = len(listed) - len(members) if labels is None else 0
+    if labels is not None:
         layout = layout._replace(classes=numbered_classes([np.array(labels)]), labels=tuple(labels))
     if not quiet:
         warn_passed_over(passed_over, path, OR_LINKS)
-    return Archive(kind, path, members, layout, stripped, labels is not None, passed_over)
+        warn_of_labels(unread_labels, path)
+    return Archive(kind, path, members, layout, stripped, labels is not None, passed_over, unread_labels)
 
 
 def _zip_members(path: Path) -> Iterator[tuple[Member, bool]]:

@@ -85,3 +85,13 @@ def warn_passed_over(count: int, where: object, also: str = "") -> None:
             f"{', '.join(SUFFIXES)}{also}",
             stacklevel=5,  # where `open_source` was called
         )
+
+
+def warn_of_labels(count: int, where: object) -> None:
+    """Say how many labels beside images are not read, if any, and which would be."""
+    if count:
+        warnings.warn(
+            f"data.source: {count:,} .cls and .json files in {printable(where)} are not read as labels, which are "
+            "whole numbers from 0 on (alone in KEY.cls, or `label` in KEY.json), one for each image",
+            stacklevel=5,
+        )

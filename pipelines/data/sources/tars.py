@@ -9,7 +9,7 @@ from PIL import Image
 from pipelines.data.sources.archives import OR_LINKS, Archive, is_packed_tar, open_archive
 from pipelines.data.sources.base import NO_LABEL, place
 from pipelines.data.sources.files import check_text, fingerprint, refused
-from pipelines.data.sources.paths import SPLIT_NAMES, own_split, split_of_file, warn_passed_over
+from pipelines.data.sources.paths import SPLIT_NAMES, own_split, split_of_file, warn_of_labels, warn_passed_over
 
 
 class Tars:
@@ -80,6 +80,7 @@ def open_tars(root: Path, names: Sequence[str]) -> Tars:
             for name, tar in zip(names, tars, strict=True)
         ]
     warn_passed_over(sum(tar.passed_over for tar in tars), root, OR_LINKS)
+    warn_of_labels(sum(tar.unread_labels for tar in tars), root)
     labelled = [tar for tar in tars if tar.classes]
     if other := next((tar for tar in labelled if tar.numbered != labelled[0].numbered), None):
         raise refused(
