@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -11,6 +11,9 @@ from pipelines.cluster import Cluster
 from pipelines.progress import Progress
 from pipelines.session import Session, open_session
 from pipelines.spec import Spec, parse_spec
+
+if TYPE_CHECKING:
+    from tests.s3_faults import FaultyProxy
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -78,3 +81,41 @@ def write_spec(path: Path, **overrides: Any) -> Path:
 def session(cluster: Cluster, tmp_path: Path) -> Session:
     """A session on a store of its own."""
     return open_session(cluster, Progress(), tiny_spec(), storage=str(tmp_path / "store"))
+
+
+# S3, for the modules that ask for it: the others do not wait for its server to be loaded.
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    """The port of an S3 server of the module's own."""
+    from tests.s3_faults import s3_server
+
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def shared_proxy(server: int) -> "Iterator[FaultyProxy]":
+    from tests.s3_faults import faulty_proxy
+
+    with faulty_proxy(server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(shared_proxy: "FaultyProxy", monkeypatch: pytest.MonkeyPatch) -> "FaultyProxy":
+    """Before the server, and calm; the environment names it as the endpoint."""
+    from tests.s3_faults import set_environment
+
+    shared_proxy.calm()
+    set_environment(monkeypatch, shared_proxy.endpoint)
+    return shared_proxy
+
+
+@pytest.fixture
+def stock(server: int) -> Any:
+    """Amazon's own client."""
+    from tests.s3_faults import stock_client
+
+    return stock_client(server)

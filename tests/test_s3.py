@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,36 +23,9 @@ from tests.s3_faults import (
     faulty_proxy,
     own_certificate,
     s3_environment,
-    s3_server,
     set_environment,
-    stock_client,
     wait_until,
 )
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
-
-
-@pytest.fixture(scope="module")
-def shared_proxy(server: int) -> Iterator[FaultyProxy]:
-    with faulty_proxy(server) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(shared_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> FaultyProxy:
-    """The environment names this proxy as the endpoint."""
-    shared_proxy.calm()
-    set_environment(monkeypatch, shared_proxy.endpoint)
-    return shared_proxy
-
-
-@pytest.fixture
-def stock(server: int) -> Any:
-    return stock_client(server)
 
 
 @pytest.fixture

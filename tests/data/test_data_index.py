@@ -3,7 +3,6 @@
 import io
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from pipelines.data.verify import verify
 from pipelines.errors import UserError
 from pipelines.store import DamageError, Place
 from tests.data.data_helpers import noise_picture, png, write_tar
-from tests.s3_faults import BUCKET, s3_server, set_environment, stock_client
+from tests.s3_faults import BUCKET, set_environment, stock_client
 
 SETTINGS: dict[str, Any] = {"image_size": 12, "channels": 3}
 N = 30
@@ -228,12 +227,6 @@ def test_labels_that_are_no_numbers_are_told(notes: dict[str, bytes], unread: in
     said = [str(warning.message) for warning in caught if "not read as labels" in str(warning.message)]
     assert [text.split()[1] for text in said] == ([str(unread)] if unread else [])
     assert dataset.card["splits"]["train"]["unlabelled"] == 3
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
 
 
 GOOD = {f"{i}.png": png(noise_picture(i)) for i in range(4)}

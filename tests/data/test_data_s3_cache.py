@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +23,12 @@ from tests.s3_faults import (
     BUCKET,
     HASTE,
     FaultyProxy,
-    faulty_proxy,
-    s3_server,
-    set_environment,
     stock_client,
     wait_until,
 )
 
 SIZE = 100_000
 """Bytes of each made-up shard."""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
-
-
-@pytest.fixture(scope="module")
-def shared_proxy(server: int) -> Iterator[FaultyProxy]:
-    with faulty_proxy(server) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(shared_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> FaultyProxy:
-    shared_proxy.calm()
-    set_environment(monkeypatch, shared_proxy.endpoint)
-    return shared_proxy
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import itertools
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,6 @@ from tests.s3_faults import (
     BUCKET,
     HASTE,
     FaultyProxy,
-    faulty_proxy,
-    s3_server,
-    set_environment,
-    stock_client,
     wait_until,
 )
 
@@ -30,34 +25,10 @@ N, SHARD = 60, 20
 IMAGES = noise(N, 9, 3)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
-
-
-@pytest.fixture(scope="module")
-def shared_proxy(server: int) -> Iterator[FaultyProxy]:
-    with faulty_proxy(server) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(shared_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> FaultyProxy:
-    shared_proxy.calm()
-    set_environment(monkeypatch, shared_proxy.endpoint)
-    return shared_proxy
-
-
 @pytest.fixture
 def local(tmp_path: Path) -> Dataset:
     small = (noise(4, 9, 3, seed=1), [0] * 4)
     return write_dataset(tmp_path / "data", (IMAGES, [i % 2 for i in range(N)]), small, ["a", "b"], SHARD)
-
-
-@pytest.fixture
-def stock(server: int) -> Any:
-    return stock_client(server)
 
 
 @pytest.fixture
