@@ -17,13 +17,14 @@ import platform
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.loading import scale, sides
-from benchmarks.loading.data import PACKAGE, Images, prepare
+from benchmarks.loading.data import PACKAGE, Images, prepare, prepare_indexed
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 LIBRARIES = ("numpy", "pillow", "pyarrow", "torch", "webdataset")
@@ -37,6 +38,13 @@ class Group:
     images: int
     rounds: int
     peers: dict[str, sides.Side]
+    prepare: Callable[[Path, int, int], Images] = prepare
+    title: str = ""
+    """What sets it apart from the others of its size."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}x{self.size}{self.title}"
 
 
 _WEBDATASET = {
@@ -49,6 +57,7 @@ _FOLDER = {
 }
 GROUPS = [
     Group(28, 10_000, 15, {**_WEBDATASET, **_FOLDER}),
+    Group(28, 10_000, 7, _WEBDATASET, prepare_indexed, ", its own tars indexed"),
     Group(64, 3000, 7, {**_WEBDATASET, **_FOLDER}),
     Group(256, 500, 7, {**_WEBDATASET, **_FOLDER}),
 ]
@@ -94,7 +103,7 @@ def run_group(group: Group, images: Images, rounds: int) -> list[Row]:
     for name in group.peers:
         ratios = [one / other for one, other in zip(rates["ours"], rates[name], strict=True)]
         medians = statistics.median(rates["ours"]), statistics.median(rates[name])
-        title = f"{name}, {group.size}x{group.size}"
+        title = f"{name}, {group.name}"
         spread = statistics.median(ratios), min(ratios), max(ratios)
         rows.append(Row(title, *spread, rounds, *medians, FLOORS.get(group.size)))
     return rows
@@ -120,9 +129,9 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
     for group in GROUPS:
-        if str(group.size) not in done["groups"]:
-            images = prepare(options.work, group.images, group.size)
-            done["groups"][str(group.size)] = [
+        if group.name not in done["groups"]:
+            images = group.prepare(options.work, group.images, group.size)
+            done["groups"][group.name] = [
                 asdict(row) for row in run_group(group, images, options.rounds or group.rounds)
             ]
             keep()
@@ -130,7 +139,7 @@ def main() -> None:
         everything = prepare(options.work, MEMORY_IMAGES, 28, folder=False)
         done["numbers"] = {**scale.opening(options.work, 5), **scale.memory(everything.shards)}
         keep()
-    rows = [Row(**row) for group in GROUPS for row in done["groups"][str(group.size)]]
+    rows = [Row(**row) for group in GROUPS for row in done["groups"][group.name]]
     if options.write:
         RESULTS.parent.mkdir(exist_ok=True)
         keys = ("name", "ratio", "low", "high", "rounds")

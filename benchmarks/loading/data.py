@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.data.index import index
 from pipelines.data.manifest import CARD, Dataset
 from pipelines.data.shards import encode_png
 from pipelines.store import Place
@@ -55,6 +57,20 @@ def prepare(root: Path, n: int, size: int, folder: bool = True) -> Images:
         names = [str(label) for label in range(_CLASSES)]
         write_dataset(images.shards.path, train, held_out, names, SHARD_IMAGES)
     return images
+
+
+def prepare_indexed(root: Path, n: int, size: int) -> Images:
+    """Shards that the stock library has written, of PNGs as Pillow has them, indexed where they lie."""
+    place = Place.of(root / f"indexed-{size}-{n}")
+    if not (place / CARD).exists():
+        folder = place.path / "train"
+        folder.mkdir(parents=True, exist_ok=True)
+        with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=SHARD_IMAGES, verbose=0) as shards:
+            for number, (pixels, label) in enumerate(_pictures(n, size)):
+                picture = Image.fromarray(pixels[..., 0])
+                shards.write({"__key__": f"{number:06d}", "png": picture, "json": {"label": label}})
+        index(place, image_size=size, channels=1)
+    return Images(place, Path())
 
 
 def _pictures(n: int, size: int) -> Iterator[tuple[NDArray[np.uint8], int]]:

@@ -15,7 +15,8 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]
 Fit = Callable[[Image.Image], Pixels]
-"""Brings a decoded picture of any size and mode to pixels [H, W, C] of the dataset's shape."""
+"""Brings a decoded picture of any size and mode to pixels [H, W, C] of the dataset's shape; one that has the dataset's
+size and mode, and says nothing else about itself, stays as it is."""
 Decode = Callable[[bytes], bytes | bytearray]
 """From a member's bytes to H * W * C bytes of pixels, row by row. Any exception says why it cannot be done."""
 
@@ -44,7 +45,7 @@ class Decoder:
         jpeg, webp = self._picture("JPEG"), self._picture("WEBP")
         self._any_png = self._picture("PNG")
         self._types: dict[str, Decode] = {
-            "png": self._png if fit is None else self._any_png,
+            "png": self._png,
             "jpg": jpeg,
             "jpeg": jpeg,
             "webp": webp,

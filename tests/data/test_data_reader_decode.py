@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data.decode import MAX_PIXELS, Decoder, Pixels
+from pipelines.data.recipe import fit_stored
 from pipelines.data.shards import encode_png
 from tests.data.dataset_helpers import noise
 
@@ -254,6 +255,27 @@ def test_what_is_stored_in_another_size_is_fitted_by_the_caller() -> None:
         decoded(Decoder(RGB, np.asarray), "a.png", saved(picture(large), "PNG"))
     with pytest.raises(ValueError, match="it was fitted to float64"):
         decoded(Decoder(RGB, lambda image: np.zeros(RGB)), "a.png", saved(picture(large), "PNG"))  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize("shape", [GREY, RGB])
+def test_what_has_the_size_already_is_not_fitted_and_comes_out_as_if_it_were(shape: tuple[int, int, int]) -> None:
+    fitted: list[Image.Image] = []
+
+    def fit(image: Image.Image) -> Pixels:
+        fitted.append(image)
+        return fit_stored(image, 8, shape[2], "auto")
+
+    square = (8, 8, shape[2])
+    pixels = noise(1, 8, shape[2])[0]
+    plain = saved(picture(pixels), "PNG")
+    assert decoded(Decoder(square, fit), "a.png", plain).tobytes() == pixels.tobytes()
+    assert fitted == []
+    assert fit(picture(pixels)).tobytes() == pixels.tobytes()
+    turned = Image.Exif()
+    turned[0x0112] = 3  # by half a circle
+    file = io.BytesIO()
+    picture(pixels).save(file, "PNG", exif=turned)
+    assert decoded(Decoder(square, fit), "a.png", file.getvalue()).tobytes() == pixels[::-1, ::-1].tobytes()
 
 
 def test_what_claims_to_be_huge_is_refused_before_it_is_decoded() -> None:
