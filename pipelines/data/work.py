@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 from pipelines.cluster import Cluster
 from pipelines.errors import UserError
@@ -43,7 +44,7 @@ def _on_ray(
     ray = cluster.connect()
     # More workers than CPUs share them: what the user asked for, and what shows that the result does not depend on it.
     call = ray.remote(num_cpus=min(1.0, cluster.cpus() / workers))(_call)
-    shared = ray.put(work)  # the source's list of files, say: sent once a host, not once a chunk
+    shared = (ray.put(work),)  # the source's list of files, say: sent once a host, not once a chunk
     todo = iter(enumerate(chunks))
     running: dict[object, int] = {}
     failed: dict[int, BaseException] = {}
@@ -68,5 +69,16 @@ def _on_ray(
         raise failed[min(failed)]
 
 
-def _call(work: Callable[[Chunk], Result], chunk: Chunk) -> Result:
-    return work(chunk)
+def _call(shared: tuple[Any], chunk: Chunk) -> Any:
+    return _received(shared[0])(chunk)
+
+
+@lru_cache(maxsize=1)
+def _received(work: Any) -> Callable[[Any], Any]:
+    """The work behind a reference, the same object for all chunks that a process does: a source keeps what it has
+    opened, and to unpack a gzipped array, say, for every chunk anew takes longer than all the rest.
+    """
+    import ray
+
+    received: Callable[[Any], Any] = ray.get(work)
+    return received

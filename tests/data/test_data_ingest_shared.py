@@ -1,5 +1,7 @@
 """Ingest shared out to processes, stopped and gone on with: the same bytes as done alone and at once."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,23 @@ def test_little_work_starts_no_ray() -> None:
     assert list(over_chunks(abs, [-1, 2, -3], cluster)) == [(0, 1), (1, 2), (2, 3)]
     with pytest.raises(UserError, match=r"data\.workers: 0 is not a number of processes"):
         list(over_chunks(abs, [-1], cluster, workers=0))
+
+
+class Opened:
+    """A work that notes each time it arrives in a process, as a source would open its file then."""
+
+    def __init__(self, notes: Path) -> None:
+        self.notes = notes
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        self.__dict__.update(state)
+        (self.notes / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+
+    def __call__(self, chunk: int) -> int:
+        return os.getpid()
+
+
+def test_a_process_receives_the_work_once_and_not_with_every_chunk(cluster: Cluster, tmp_path: Path) -> None:
+    processes = {pid for _, pid in over_chunks(Opened(tmp_path), range(20), cluster, workers=2)}
+    arrived = [int(note.name.split("-")[0]) for note in tmp_path.iterdir()]
+    assert sorted(arrived) == sorted(processes)
