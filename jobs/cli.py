@@ -14,8 +14,10 @@ import typer
 
 from jobs.data_cli import HeldOut, Json, Resize, Workers, data
 from jobs.exits import end_process
+from jobs.notices import said_as_options
 from jobs.output import print_result, quiet_stdout
 from pipelines.errors import Refused, UserError
+from pipelines.progress import counted
 
 app = typer.Typer(
     name="ddpm",
@@ -105,10 +107,12 @@ def ingest(
     from jobs.live import listener
     from pipelines.cluster import Cluster
     from pipelines.data.ingest import ingest as ingest_source
+    from pipelines.data.manifest import CARD
     from pipelines.store import Place
 
-    with quiet_stdout(), listener() as progress, Cluster(None) as cluster:
+    with quiet_stdout(), listener() as progress, said_as_options("SOURCE"), Cluster(None) as cluster:
         progress.start("ingest", source)
+        done_before = (Place.of(out) / CARD).exists()
         dataset = ingest_source(
             source,
             Place.of(out),
@@ -122,7 +126,8 @@ def ingest(
             workers=workers,
             progress=lambda done, total: progress.advance(done // 2, total // 2, "images"),
         )
-        progress.finish("ingest", f"{len(dataset.split('train')):,} + {len(dataset.split('held-out')):,} images")
+        told = f"{len(dataset.split('train')):,} + {len(dataset.split('held-out')):,} images"
+        progress.finish("ingest", told, skipped=done_before)
     print_result(
         as_json, {"out": str(dataset.place), **dataset.card}, lambda: print(f"{dataset.place}  {dataset.digest}")
     )
@@ -213,11 +218,11 @@ def sample(
             if (option := _SAMPLE_OPTIONS.get(override.partition("=")[0])) is not None:
                 raise UserError(f"--set {override}: here it is said by {option}")
         found = find_model(model, session.store, session.tracker, overrides or (), verb="sample")
-        session.progress.start("sample", f"{n:,} images of {found.origin}, the actors start")
+        session.progress.start("sample", f"{counted(n, 'image')} of {found.origin}")
         settings, workers = Settings.of(found.spec.sample, seed), found.spec.sample.workers
         samples = sample_job(found, settings, n, Place.of(out), session.cluster, workers, session.progress)
         grid = draw_grid(samples)
-        session.progress.finish("sample", f"{n:,} images, grid at {grid}")
+        session.progress.finish("sample", f"{counted(n, 'image')}, grid at {grid}")
     print_result(as_json, {**asdict(samples), "grid": str(grid)}, lambda: print(f"{samples.out}  {samples.sha256}"))
 
 

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from jobs.notices import said_as_options
 from jobs.output import print_result, quiet_stdout
 from pipelines.errors import Failed, UserError
+from pipelines.progress import counted
 
 data = typer.Typer(
     name="data",
@@ -51,10 +53,12 @@ def index(
     from jobs.live import listener
     from pipelines.cluster import Cluster
     from pipelines.data.index import index as index_tars
+    from pipelines.data.manifest import CARD
     from pipelines.store import Place
 
-    with quiet_stdout(), listener() as progress, Cluster(None) as cluster:
+    with quiet_stdout(), listener() as progress, said_as_options("TARS"), Cluster(None) as cluster:
         progress.start("index", tars)
+        done_before = (Place.of(out or tars) / CARD).exists()
         dataset = index_tars(
             Place.of(tars),
             None if out is None else Place.of(out),
@@ -66,7 +70,8 @@ def index(
             workers=workers,
             progress=lambda done, total: progress.advance(done, total, "tars"),
         )
-        progress.finish("index", f"{len(dataset.split('train')):,} + {len(dataset.split('held-out')):,} images")
+        told = f"{len(dataset.split('train')):,} + {len(dataset.split('held-out')):,} images"
+        progress.finish("index", told, skipped=done_before)
     result = {"out": str(dataset.place), **dataset.card}
     print_result(as_json, result, lambda: print(f"{dataset.place}  {dataset.digest}"))
 
@@ -143,12 +148,12 @@ def verify(dataset: DatasetFolder, workers: Workers = None, as_json: Json = Fals
         progress.start("verify", str(place))
         share_out = functools.partial(over_chunks, cluster=cluster, workers=workers)
         result = verification.verify(place, map_shards=share_out, progress=progress)
-        progress.finish("verify", f"{result.images:,} images, {len(result.findings):,} findings")
+        progress.finish("verify", f"{counted(result.images, 'image')}, {counted(len(result.findings), 'finding')}")
     print_result(as_json, asdict(result), lambda: show_verification(result))
     if result.findings:
         raise Failed(
-            f"{place}: {len(result.findings):,} findings; bring back what was changed, or ingest the images into a new "
-            "folder"
+            f"{place}: {counted(len(result.findings), 'finding')}; bring back what was changed, or ingest the images "
+            "into a new folder"
         )
 
 
@@ -169,6 +174,6 @@ def diff(
         one, other = Dataset.open(Place.of(a)), Dataset.open(Place.of(b))
         progress.start("diff", f"{one.place} and {other.place}")
         told = compare(one, other, progress)
-        progress.finish("diff", "the same dataset" if told.same else f"{told.both:,} images in both")
+        progress.finish("diff", "the same dataset" if told.same else f"{counted(told.both, 'image')} in both")
     result = {"a": str(one.place), "b": str(other.place), **asdict(told)}
     print_result(as_json, result, lambda: show_difference(told))

@@ -6,7 +6,7 @@ from typing import Any
 from pipelines.data.diff import Difference
 from pipelines.data.manifest import SPLITS
 from pipelines.data.verify import Verification
-from pipelines.progress import plain
+from pipelines.progress import counted, plain
 
 _FINDINGS = 50
 _CLASSES = 40
@@ -58,8 +58,8 @@ def show_verification(result: Verification) -> None:
         print(finding)
     _more(len(result.findings) - _FINDINGS, "findings")
     if not result.findings:
-        size = f"{result.bytes / 2**20:,.1f} MiB"
-        print(f"{result.place}: whole; {result.shards:,} shards, {result.images:,} images, {size}, {result.digest}")
+        shards, images = counted(result.shards, "shard"), counted(result.images, "image")
+        print(f"{result.place}: whole; {shards}, {images}, {result.bytes / 2**20:,.1f} MiB, {result.digest}")
 
 
 def show_difference(told: Difference) -> None:

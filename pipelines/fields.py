@@ -8,13 +8,24 @@ from typing import Any
 
 import yaml
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, one_line
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-3 as a number, as YAML 1.2 does."""
 
 
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, Any] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if seen.setdefault((key.tag, key.value), key) is not key:  # of two, YAML's own rule takes the last
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
@@ -24,6 +35,14 @@ _Loader.add_implicit_resolver(
 def read_yaml(text: str) -> Any:
     """Plain values of a YAML text."""
     return yaml.load(text, Loader=_Loader)
+
+
+def what_is_wrong(error: yaml.YAMLError) -> str:
+    """A mistake in a YAML text, in one line, with its place."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return one_line(error)
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
 
 
 def apply_overrides(fields: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pipelines.data.manifest import Dataset
 from pipelines.errors import Refused, UserError
 from pipelines.ingested import ingested
 from pipelines.models import Model, of_checkpoint
+from pipelines.progress import counted
 from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.steps import Done, Step, Steps
@@ -158,7 +159,7 @@ def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
         },
         work=work,
         needs=lambda outputs: Run(session.store / "runs" / outputs["run"]).checkpoints.verifies(outputs["step"]),
-        doing=f"{spec.train.workers} workers start",
+        doing=f"{counted(spec.train.workers, 'worker')} start{'s' if spec.train.workers == 1 else ''}",
     )
 
 
@@ -213,7 +214,7 @@ def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, sessi
         inputs={"model": model.identity, "sampling": _sampling(spec), "n": spec.sample.n, "run": training.name},
         work=work,
         needs=needs,
-        doing=f"{spec.sample.n:,} images by {spec.sample.steps} steps of {spec.sample.sampler}, the actors start",
+        doing=f"{counted(spec.sample.n, 'image')}, {counted(spec.sample.steps, 'step')} of {spec.sample.sampler}",
     )
 
 

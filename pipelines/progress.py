@@ -19,6 +19,11 @@ class Progress:
         """One line worth knowing."""
 
 
+def counted(number: int, noun: str) -> str:
+    """1 image, 1,797 images."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def plain(value: Any) -> str:
     """A number as people write it: 12,345 or 0.123."""
     if isinstance(value, int):

@@ -13,8 +13,8 @@ import pydantic
 import yaml
 from pydantic import Field, model_validator
 
-from pipelines.errors import UserError
-from pipelines.fields import absolute_uri, apply_overrides, read_yaml
+from pipelines.errors import UserError, one_line
+from pipelines.fields import absolute_uri, apply_overrides, read_yaml, what_is_wrong
 from pipelines.mistakes import explain
 from pipelines.sections import (
     NAME,
@@ -151,12 +151,14 @@ def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = (), resol
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such spec file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a spec file (NAME.yaml)") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     try:
         fields = read_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {what_is_wrong(error)}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a spec is a mapping of fields, starting with `name: ...`")
     spec = parse_spec(apply_overrides(fields, overrides), origin=str(path))

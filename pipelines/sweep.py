@@ -20,6 +20,7 @@ from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed, UserError, one_line
 from pipelines.evaluate.job import MEASURE, feature_net
 from pipelines.fields import set_field
+from pipelines.progress import counted
 from pipelines.session import Session
 from pipelines.spec import Spec, Sweep, dump_spec, parse_spec
 from pipelines.steps import Step
@@ -88,7 +89,7 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
             "sweep": name,
             "winner": str(winner),
             "ranking": [{**asdict(trial), "setting": words(trial.parameters)} for trial in ranking],
-            "summary": f"{len(ranking)} trials, best {words(best.parameters)}",
+            "summary": f"{counted(len(ranking), 'trial')}, best {words(best.parameters)}",
         }
 
     return Step(
@@ -97,7 +98,7 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
         inputs=inputs,
         work=work,
         needs=lambda outputs: Place.of(outputs["winner"]).exists(),
-        doing=f"{len(trials)} trials, {spec.sweep.concurrent} at a time",
+        doing=f"{counted(len(trials), 'trial')}, {spec.sweep.concurrent} at a time",
     )
 
 
@@ -204,7 +205,7 @@ def _concurrent(spec: Spec, session: Session) -> int:
     fit = math.floor(session.cluster.cpus() / need)
     if fit < 1 and not spec.train.oversubscribe:
         raise UserError(
-            f"sweep: a trial of {spec.train.workers} workers needs {need:g} CPUs, the cluster has "
+            f"sweep: a trial of {counted(spec.train.workers, 'worker')} needs {need:g} CPUs, the cluster has "
             f"{session.cluster.cpus()}: lower train.workers or train.threads"
         )
     return max(1, min(spec.sweep.concurrent, fit))

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from pipelines.errors import UserError
+from pipelines.fields import read_yaml
 from pipelines.spec import dump_spec, load_spec, parse_spec
 from tests.conftest import tiny_fields, tiny_spec, write_spec
 
@@ -172,3 +173,22 @@ def test_identity_of_training_leaves_out_where_and_how_long() -> None:
         tiny_spec(data__flip=True),
     ):
         assert other.training_fields() != tiny_spec().training_fields()
+
+
+def test_mistakes_of_yaml_are_told_by_their_place(tmp_path: Path) -> None:
+    for text, told in (
+        ("name: a\nseed: 1\nseed: 2\n", "line 3, column 1: seed is there twice"),
+        ("name: a\ndata:\n  source: x\n  source: y\n", "line 4, column 3: source is there twice"),
+        ("name: a\n data: [\n", "line 2, column 6: "),
+    ):
+        (tmp_path / "spec.yaml").write_text(text)
+        with pytest.raises(UserError, match=f"spec.yaml: not valid YAML: {told}"):
+            load_spec(tmp_path / "spec.yaml")
+    with pytest.raises(UserError, match="is a folder; name a spec file"):
+        load_spec(tmp_path)
+    assert read_yaml("a: &x {b: 1}\nc: {<<: *x, b: 2}\n1: d\n'1': e\n") == {
+        "a": {"b": 1},
+        "c": {"b": 2},
+        1: "d",
+        "1": "e",
+    }

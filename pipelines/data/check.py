@@ -34,6 +34,7 @@ from pipelines.data.order import Ints
 from pipelines.data.reader import MAX_MEMBER_BYTES
 from pipelines.data.sources import NO_LABEL
 from pipelines.errors import UserError, one_line
+from pipelines.progress import counted
 from pipelines.store import DamageError, Place
 
 _MAX_NOTE = 2**20
@@ -154,8 +155,8 @@ class _Check:
         else:
             self._check_rows(rows, members, {names.get(offset) for offset in lost}, read_at, contents)
         if size == self.shard.bytes and digest != self.shard.sha256:
-            images = f"{self.bad:,}" if self.bad else "something between the images, and none"
-            self._say(f"does not match its sha256 in {SHARDS}: damaged is {images} of those in {self.shard.index}")
+            images = f"damaged: {counted(self.bad, 'image')}" if self.bad else "no damage to the images"
+            self._say(f"does not match its sha256 in {SHARDS}; {images} of {self.shard.index}")
         return size
 
     def _check_rows(

@@ -42,6 +42,7 @@ from pipelines.data.sources.paths import own_split, split_of_file, warn_of_label
 from pipelines.data.work import over_chunks
 from pipelines.data.write import ShardRecord
 from pipelines.errors import UserError
+from pipelines.progress import counted
 from pipelines.store import Place, check_writable, identity
 
 _RECORDS = "indexed"
@@ -113,16 +114,18 @@ class _Index:
         records, classes = _records([one for name in names for one in found[name]])
         if not any(record.split == SPLITS[0] for record in records):
             raise UserError(
-                f"{self.tars}: no picture to train on in {len(names):,} tars; png, jpg, webp and npy are read"
+                f"{self.tars}: no picture to train on in {counted(len(names), 'tar')}; png, jpg, webp and npy are read"
             )
         empty = [name for name in names if not found[name]]
         if empty:
-            warnings.warn(f"{self.tars}: {len(empty):,} tars have no picture, {empty[0]} for one", stacklevel=3)
+            warnings.warn(
+                f"{self.tars}: without a picture: {counted(len(empty), 'tar')}, {empty[0]} for one", stacklevel=3
+            )
         warn_of_labels(sum(one.unread_labels for name in names for one in found[name]), self.tars)
         digest, copies, straddling = self._digest(records)
         if copies:
             also = f", {straddling:,} of them in both splits, so that scores flatter the model" if straddling else ""
-            warnings.warn(f"{self.tars}: {copies:,} images are exact copies of others{also}", stacklevel=3)
+            warnings.warn(f"{self.tars}: exact copies of other images: {copies:,}{also}", stacklevel=3)
         kept = {record.index for record in records}
         for name in (self.out / INDEX).find(".parquet"):  # of tars that went since an earlier attempt
             if f"{INDEX}/{name}" not in kept:

@@ -271,7 +271,7 @@ def _tell(source: Source, plan: Plan) -> None:
     if not found.copies:
         return
     one, other = found.examples[0]
-    what = f"data.source: {found.copies:,} images are exact copies of others, {other} of {one} for one"
+    what = f"data.source: exact copies of other images: {found.copies:,}, {other} of {one} for one"
     if found.labels_differ:
         what += f"; {found.labels_differ:,} pictures come with more than one label"
     if found.between_splits and not found.dropped:

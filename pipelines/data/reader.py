@@ -119,18 +119,22 @@ class Reader:
             shard = self._shard(number)
         except DamageError as error:
             if self._substitutes is None:
-                raise
+                raise self._with_advice(error) from None
             labels = np.empty(len(wanted), dtype=np.int64)
             bad = dict.fromkeys(range(len(wanted)), Bad("", str(error)))
         else:
             found, bad = shard.decode(wanted)
             if bad and self._substitutes is None:
-                raise shard.damage(bad[min(bad)])
+                raise self._with_advice(shard.damage(bad[min(bad)]))
             labels = shard.labels[rows]
         for place in bad:
             assert self._substitutes is not None
             found[place], labels[place] = self._substitutes.of(number, wanted[place], bad[place])
         return np.frombuffer(b"".join(found), dtype=np.uint8).reshape(len(wanted), *self.shape), labels
+
+    def _with_advice(self, error: DamageError) -> DamageError:
+        verify = f"ddpm data verify {self.split.place}"
+        return DamageError(f"{error}; `{verify}` names all damage, data.on_error: skip trains without it")
 
     def _read_one(self, number: int, row: int) -> Sample | Bad:
         try:

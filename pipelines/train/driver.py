@@ -14,7 +14,7 @@ from typing import Any
 from pipelines.cluster import Cluster
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed, UserError
-from pipelines.progress import Progress
+from pipelines.progress import Progress, counted
 from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.tracking import Tracker
@@ -124,15 +124,15 @@ def _check_resources(spec: Spec, cluster: Cluster) -> None:
     cores, have = spec.train.workers * spec.train.threads, cluster.cpus()
     if cores > have and not spec.train.oversubscribe:
         raise UserError(
-            f"train.workers: {spec.train.workers} workers of {spec.train.threads} threads need {cores} CPUs, "
-            f"the cluster has {have}: lower it, or set train.oversubscribe for a test"
+            f"train.workers: {counted(spec.train.workers, 'worker')} of {counted(spec.train.threads, 'thread')} need "
+            f"{counted(cores, 'CPU')}, the cluster has {have}: lower it, or set train.oversubscribe for a test"
         )
     for resource, each in spec.train.resources.items():
         need, there = spec.train.workers * each, cluster.resource(resource)
         if need > there:
             raise UserError(
-                f"train.resources: {spec.train.workers} workers need {need:g} {resource}, the cluster has {there:g}: "
-                "lower one of them, or leave the resource out"
+                f"train.resources: {counted(spec.train.workers, 'worker')} need {need:g} {resource}, "
+                f"the cluster has {there:g}: lower one of them, or leave the resource out"
             )
 
 

@@ -15,12 +15,15 @@ from typing import Any
 from pipelines.data.damage import Damage
 from pipelines.data.manifest import Dataset
 from pipelines.errors import UserError
+from pipelines.progress import counted
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place, canonical_json, identity
 from pipelines.train.checkpoint import Checkpoints
 from pipelines.train.journal import Journal
 
 FORMAT = 1
+
+_RUNS_NAMED = 5
 
 
 class Run:
@@ -133,18 +136,27 @@ def check_trainable(spec: Spec, dataset: Dataset) -> None:
     if (classes := spec.model.classes) is None:
         return
     if classes != len(dataset.classes) or dataset.card["splits"]["train"]["unlabelled"]:
-        raise UserError(
-            f"model.classes: {classes}, but the images have {len(dataset.classes)} classes, and all need one: "
-            "put each class in a folder of its own, or leave model.classes out"
-        )
+        raise UserError(f"model.classes: {_why_not(classes, dataset)}, or leave model.classes out")
+
+
+def _why_not(classes: int, dataset: Dataset) -> str:
+    """Why these images cannot train a model of so many classes, and what to change."""
+    known, unlabelled = len(dataset.classes), dataset.card["splits"]["train"]["unlabelled"]
+    if not known:
+        return f"{classes}, but the images have no labels: label them (a folder a class, say) and ingest them anew"
+    if classes != known:
+        return f"{classes}, where the images have {known}: set it to {known}"
+    return f"{counted(unlabelled, 'training image')} of {dataset.place} without a label: label or remove them"
 
 
 def find_run(name: str, store: Place) -> Run:
     """The run of that name in a store. UserError where there is none."""
     run = Run(store / "runs" / name)
     if "/" in name or not (run.place / "run.json").exists():
-        known = (store / "runs").list()
-        raise UserError(f"run {name}: not in {store}" + (f"; there are {', '.join(known[:5])}" if known else ""))
+        known = [other for other in (store / "runs").list() if Run(store / "runs" / other).checkpoints.steps()]
+        more = f" and {len(known) - _RUNS_NAMED:,} more" if len(known) > _RUNS_NAMED else ""
+        there = f"; there are {', '.join(known[:_RUNS_NAMED])}{more}" if known else ""
+        raise UserError(f"run {name}: not in {store}{there}")
     return run
 
 

@@ -42,7 +42,7 @@ def test_folder_is_sorted_and_labelled(pictures: Path) -> None:
     (pictures / ".hidden.png").write_bytes(b"")
     (pictures / "cat" / "deeper").mkdir()
     Image.new("L", (5, 5)).save(pictures / "cat" / "deeper" / "z.bmp")
-    with pytest.warns(UserWarning, match="1 files") as warned:
+    with pytest.warns(UserWarning, match="1 file,") as warned:
         source = open_source(str(pictures))
     assert warned[0].filename == __file__
     titles = [source.title(i) for i in range(len(source))]
@@ -60,7 +60,7 @@ def test_links_are_followed_but_not_in_circles_and_other_files_are_counted(pictu
     (pictures / "cat").symlink_to(elsewhere)
     (pictures / "dog" / "again").symlink_to(pictures)
     (pictures / "dog" / "scan.tif").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"1 files in .* are passed over"):
+    with pytest.warns(UserWarning, match=r"passed over in .*: 1 file,"):
         source = open_source(str(pictures))
     assert source.classes == ("cat", "dog")
     assert len(source) == 40

@@ -32,7 +32,7 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path, write: object) -> None:
     path = tmp_path / f"a{'.zip' if write is write_zip else '.tar'}"
     extra = {"notes.txt": b"", "set/notes.TIF": b"", ".DS_Store": b"", "set/.hidden/2.png": b"", "__MACOSX/x.png": b""}
     write(path, {f"set/{name}": data for name, data in FILES.items()} | extra)
-    with pytest.warns(UserWarning, match=r"2 files in .* are passed over"):
+    with pytest.warns(UserWarning, match=r"passed over in .*: 2 files, not ending in"):
         source = open_source(str(path))
     assert [source.title(i) for i in range(len(source))] == ["cat/0.png", "dog/1.png"]
     assert source.classes == ("cat", "dog")
@@ -60,7 +60,7 @@ def test_links_and_devices_in_a_tar_are_passed_over(tmp_path: Path) -> None:
         add(file, "cat/hard.png", kind=tarfile.LNKTYPE, link="../secret.png")
         add(file, "cat/device.png", kind=tarfile.CHRTYPE)
         add(file, "cat/pipe.png", kind=tarfile.FIFOTYPE)
-    with pytest.warns(UserWarning, match=r"4 files in .* are passed over, .*links"):
+    with pytest.warns(UserWarning, match=r"passed over in .*: 4 files, .*links"):
         assert len(open_source(str(tmp_path / "a.tar"))) == 1
 
 
@@ -70,7 +70,7 @@ def test_links_in_a_zip_are_passed_over(tmp_path: Path) -> None:
         link = zipfile.ZipInfo("link.png")
         link.external_attr = 0o120777 << 16
         file.writestr(link, "/etc/passwd")
-    with pytest.warns(UserWarning, match=r"1 files in .* are passed over"):
+    with pytest.warns(UserWarning, match=r"passed over in .*: 1 file, not ending in"):
         assert len(open_source(str(tmp_path / "a.zip"))) == 1
 
 
@@ -187,7 +187,7 @@ def test_labels_beside_the_images_count_only_if_all_have_one(tmp_path: Path) -> 
         path = tmp_path / "a.tar"
         write_tar(path, {"a/0.png": PICTURE, "a/1.jpg": b""} | beside)
         if warns:
-            with pytest.warns(UserWarning, match=rf"{warns} \.cls and \.json files in .* are not read as labels"):
+            with pytest.warns(UserWarning, match=rf"not read as labels in .*: {warns} \.cls or \.json files?;"):
                 source = open_source(str(path))
         else:
             source = open_source(str(path))

@@ -120,7 +120,7 @@ def test_a_table_beside_images_describes_them(tmp_path: Path) -> None:
     write_table(tmp_path / "metadata.parquet", name=["0.png"])
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "0.png").write_bytes(PICTURE)
-    with pytest.warns(UserWarning, match="1 files"):
+    with pytest.warns(UserWarning, match="1 file,"):
         assert open_source(str(tmp_path)).kind == "folder"
 
 

@@ -110,7 +110,7 @@ def test_every_flipped_byte_of_an_image_is_found(place: Place) -> None:
         flip(place.path / TAR, at)
         assert findings(place) == [
             f"{TAR}: member {row['member']} does not match the sha256 in the index",
-            f"{TAR}: does not match its sha256 in shards.parquet: damaged is 1 of those in {INDEX}",
+            f"{TAR}: does not match its sha256 in shards.parquet; damaged: 1 image of {INDEX}",
         ]
         flip(place.path / TAR, at)
     assert findings(place) == []
@@ -119,8 +119,7 @@ def test_every_flipped_byte_of_an_image_is_found(place: Place) -> None:
 def test_damage_between_the_images_is_found(place: Place) -> None:
     rows = read_rows(place, INDEX)
     file, whole = place.path / TAR, (place.path / TAR).read_bytes()
-    images = f"something between the images, and none of those in {INDEX}"
-    between = f"does not match its sha256 in shards.parquet: damaged is {images}"
+    between = f"does not match its sha256 in shards.parquet; no damage to the images of {INDEX}"
     flip(file, rows[0]["offset"] + rows[0]["size"])  # the padding of a block
     assert findings(place) == [f"{TAR}: {between}"]
     file.write_bytes(whole)
@@ -147,7 +146,7 @@ def test_missing_and_damaged_indices_do_not_hide_damaged_images(place: Place) ->
     found = findings(place)
     assert found[0] == f"{INDEX}: does not match its sha256 in shards.parquet"
     assert found[1].startswith(f"{TAR}: member {row['member']} cannot be decoded: ")
-    assert found[2] == f"{TAR}: does not match its sha256 in shards.parquet: damaged is 1 of those in {INDEX}"
+    assert found[2] == f"{TAR}: does not match its sha256 in shards.parquet; damaged: 1 image of {INDEX}"
     assert found[3] == "held-out-000001.parquet: is missing"
     assert len(found) == 4
 
@@ -310,7 +309,7 @@ def test_many_kinds_at_once_are_all_named(place: Place) -> None:
         "train-000002.parquet:",
         "held-out-000000.tar:",
     ]
-    assert found[2].endswith("damaged is 2 of those in train-000000.parquet")
+    assert found[2].endswith("damaged: 2 images of train-000000.parquet")
 
 
 def test_shards_may_be_looked_at_anywhere_in_any_order(place: Place) -> None:

@@ -119,7 +119,7 @@ def test_more_than_the_cluster_has_is_refused_before_anything_starts(tmp_path: P
     write_spec(tmp_path / "spec.yaml")
     rare = ("--set", "train.resources={licence: 1}", "--set", f"ray.address={ray_address}")
     done = ddpm("train", "spec.yaml", *rare, cwd=tmp_path)
-    assert_refused(done, "train.resources: 1 workers need 1 licence, the cluster has 0")
+    assert_refused(done, "train.resources: 1 worker need 1 licence, the cluster has 0")
 
 
 def test_ingest_prints_one_json_object_last(tmp_path: Path, pictures: Path) -> None:

@@ -26,7 +26,7 @@ def test_ingest_takes_every_option_of_the_recipe(tmp_path: Path) -> None:
     assert (told["out"], told["resize"], told["held_out"]) == (str(tmp_path / "out"), "lanczos", 0)
     assert told["splits"]["train"]["samples"] == 30
     assert (told["duplicates"]["copies"], told["duplicates"]["dropped"]) == (2, True)
-    assert "2 images are exact copies of others" in done.stderr
+    assert "exact copies of other images: 2" in done.stderr
     images, _ = Reader(Dataset.open(Place.of(tmp_path / "out")).split("train")).read_all()
     resized = Image.fromarray(noise_picture(0)).resize((8, 8), Image.Resampling.LANCZOS)
     assert any(np.array_equal(image, np.asarray(resized)) for image in images)
@@ -37,8 +37,8 @@ def test_ingest_takes_every_option_of_the_recipe(tmp_path: Path) -> None:
 def test_what_cannot_be_ingested_or_indexed_is_one_line(tmp_path: Path) -> None:
     draw_pictures(tmp_path / "pictures", range(4))
     assert_refused(ddpm("ingest", "pictures", "out", *SIZE, "--resize", "cubic", cwd=tmp_path), "--resize", "cubic")
-    assert_refused(ddpm("ingest", "pictures", "out", *SIZE, "--workers", "0", cwd=tmp_path), "data.workers: 0")
-    assert_refused(ddpm("ingest", "pictures", "pictures/out", *SIZE, cwd=tmp_path), "lies inside data.source")
+    assert_refused(ddpm("ingest", "pictures", "out", *SIZE, "--workers", "0", cwd=tmp_path), "--workers: 0")
+    assert_refused(ddpm("ingest", "pictures", "pictures/out", *SIZE, cwd=tmp_path), "lies inside SOURCE")
     assert_refused(ddpm("data", "index", "pictures", *SIZE, cwd=tmp_path), "there is no .tar below")
     assert not (tmp_path / "out").exists()
 

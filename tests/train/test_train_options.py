@@ -79,10 +79,10 @@ def test_classes_are_those_of_the_dataset(tmp_path: Path) -> None:
     with Cluster(None) as unused:
         session = open_session(unused, Progress(), spec, str(tmp_path))
         for verb in (run_training, run):
-            with pytest.raises(UserError, match=r"model\.classes: 9, but the images have 10 classes"):
+            with pytest.raises(UserError, match=r"model\.classes: 9, where the images have 10: set it to 10"):
                 verb(spec, session)
         fields = {**spec.model_dump(mode="json"), "sweep": {"parameters": {"seed": [1, 2]}}}
-        with pytest.raises(UserError, match=r"model\.classes: 9, but the images have 10 classes"):
+        with pytest.raises(UserError, match=r"model\.classes: 9, where the images have 10: set it to 10"):
             run_sweep(parse_spec(fields), session)
 
 

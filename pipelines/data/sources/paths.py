@@ -13,6 +13,7 @@ from pipelines.data.sources.base import NO_LABEL
 from pipelines.data.sources.files import printable
 from pipelines.data.sources.images import SUFFIXES
 from pipelines.errors import UserError
+from pipelines.progress import counted
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -81,7 +82,7 @@ def warn_passed_over(count: int, where: object, also: str = "") -> None:
     """Say how many files are not read, if any, and why: by their names, or what `also` says."""
     if count:
         warnings.warn(
-            f"data.source: {count:,} files in {printable(where)} are passed over, whose names do not end in "
+            f"data.source: passed over in {printable(where)}: {counted(count, 'file')}, not ending in "
             f"{', '.join(SUFFIXES)}{also}",
             stacklevel=5,  # where `open_source` was called
         )
@@ -91,7 +92,7 @@ def warn_of_labels(count: int, where: object) -> None:
     """Say how many labels beside images are not read, if any, and which would be."""
     if count:
         warnings.warn(
-            f"data.source: {count:,} .cls and .json files in {printable(where)} are not read as labels, which are "
-            "whole numbers from 0 on (alone in KEY.cls, or `label` in KEY.json), one for each image",
+            f"data.source: not read as labels in {printable(where)}: {counted(count, '.cls or .json file')}; labels "
+            "are whole numbers from 0 on (alone in KEY.cls, or `label` in KEY.json), one for each image",
             stacklevel=5,
         )
