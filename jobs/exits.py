@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,9 @@ from typing import Any, NoReturn
 from jobs.notices import warnings_to
 from pipelines.errors import Failed, Refused, UserError, one_line
 from pipelines.store import DamageError
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
+"""What no line of ours is to blame for."""
 
 
 def end_process(verb: Callable[[], int | None]) -> NoReturn:
@@ -56,6 +60,10 @@ def _exit_code(verb: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        return _say(f"failed: {error.filename or 'the storage'}: {error.strerror}; what is done is kept", 1)
     except Exception as error:
         # A word of the command line that typer does not take; it has its own classes for that, in no public place.
         if not hasattr(error, "format_message"):

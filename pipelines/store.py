@@ -105,8 +105,8 @@ class Place:
         return self.path.name
 
     def is_within(self, folder: str | os.PathLike[str]) -> bool:
-        """Whether this is a folder of this host's, or lies below it."""
-        return self.path.is_relative_to(Path(folder).absolute())
+        """Whether this is a folder of this host's, or lies below it, whatever links lead there."""
+        return self.path.resolve().is_relative_to(Path(folder).resolve())
 
     def exists(self) -> bool:
         return self.path.exists()
@@ -119,12 +119,24 @@ class Place:
             return []
 
     def find(self, suffix: str) -> Sequence[str]:
-        """Paths of the finished files below this folder that end so, with forward slashes, sorted; hidden ones not."""
-        found = []
-        for folder, subfolders, names in os.walk(self.path):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        """Paths of the finished files below this folder that end so, in small letters or large, with forward slashes,
+        sorted; hidden ones not. Links are followed, to each folder once. StorageError where a folder cannot be read.
+        """
+
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise StorageError(f"{error.filename}: cannot be read: {one_line(error)}")
+
+        found, seen = [], set[tuple[int, int]]()
+        for folder, subfolders, names in os.walk(self.path, onerror=refuse, followlinks=True):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                subfolders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             below = Path(folder).relative_to(self.path)
-            found += [(below / n).as_posix() for n in names if n.endswith(suffix) and not n.startswith(".")]
+            found += [(below / n).as_posix() for n in names if n.lower().endswith(suffix) and not n.startswith(".")]
         return sorted(found)
 
     def size(self) -> int:
@@ -191,7 +203,8 @@ class Place:
     def commit_folder(self, files: Mapping[str, bytes]) -> dict[str, Any]:
         """Commit a folder of files with a manifest (sha256 of each); the folder appears whole or not at all.
 
-        A folder that is there already under this name is replaced. Returns the manifest.
+        A folder that is there already under this name is replaced; a kill in that moment may leave neither, and what
+        is committed so can be made again. Returns the manifest.
         """
         manifest = {"format": MANIFEST_FORMAT, "files": {n: sha256(d) for n, d in sorted(files.items())}}
         folder = self.path.parent
@@ -323,10 +336,15 @@ def check_writable(place: Place) -> None:
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.filename is None:  # a full disk is met by a descriptor, which has no name
+            error.filename = str(path.parent)
+        raise
 
 
 def _sync_folder(path: Path) -> None:

@@ -1,9 +1,11 @@
 """The store writes whole files or none, notices damage, and lets one driver in at a time."""
 
+import errno
 import multiprocessing
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,4 +160,35 @@ def test_files_below_a_folder_are_found_but_for_hidden_ones(tmp_path: Path) -> N
         (place / name).write(b"")
     assert place.find(".tar") == ["b.tar", "deep/er/a.tar"]
     assert (place / "nowhere").find(".tar") == []
+    (place / "deep/er/B.TAR").write(b"")
+    assert place.find(".tar") == ["b.tar", "deep/er/B.TAR", "deep/er/a.tar"]
     assert (place / "b.tar").changed() == (tmp_path / "b.tar").stat().st_mtime_ns
+
+
+def test_links_to_folders_are_followed_to_each_once(tmp_path: Path) -> None:
+    place = Place.of(tmp_path / "here")
+    (place / "in/b.tar").write(b"")
+    (Place.of(tmp_path / "elsewhere") / "c.tar").write(b"")
+    (tmp_path / "here" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "here" / "zz").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "here" / "in" / "back").symlink_to(tmp_path / "here")
+    assert place.find(".tar") == ["in/b.tar", "linked/c.tar"]
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    for below in ("link/in", "elsewhere/../here/in"):
+        assert Place.of(f"{tmp_path}/{below}").is_within(tmp_path / "here")
+    assert not Place.of(f"{tmp_path}/here/../elsewhere").is_within(tmp_path / "here")
+
+
+def test_folders_that_cannot_be_listed_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place.of(tmp_path)
+    (place / "a/1.tar").write(b"")
+    listed = os.scandir
+
+    def scandir(path: str) -> Any:
+        if path.endswith("/a"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(StorageError, match=r"/a: cannot be read: .*Permission denied"):
+        place.find(".tar")

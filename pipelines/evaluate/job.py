@@ -1,7 +1,7 @@
 """Evaluation as a job: what the scores need is made by Ray tasks and actors, the scores by pure functions."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +110,7 @@ def feature_net(dataset: Dataset, spec: Spec, session: Session) -> FeatureNet:
     if not place.exists():
         ray = session.cluster.connect()
         task = ray.remote(num_cpus=1)(_train_feature_net)
-        place.write(ray.get(task.remote(str(dataset.place), spec.evaluate, spec.data.on_error)))
+        place.write(ray.get(task.remote(str(dataset.place), spec.evaluate)))
     return FeatureNet.load(place.read())
 
 
@@ -172,9 +172,9 @@ def _feature_place(dataset: Dataset, evaluate: Evaluate, store: Place) -> Place:
     return store / "features" / f"{identity({'dataset': dataset.digest, **fields})[:16]}.safetensors"
 
 
-def _train_feature_net(dataset: str, evaluate: Evaluate, on_error: Literal["raise", "skip"]) -> bytes:
-    # Of the training images a few may be missing; held-out ones may not, for scores would be of another set.
-    images, labels = Reader(Dataset.open(Place.of(dataset)).split("train"), on_error=on_error).read_all()
+def _train_feature_net(dataset: str, evaluate: Evaluate) -> bytes:
+    # Whatever data.on_error says: a network of other images would go by the dataset's digest, and so would its scores.
+    images, labels = Reader(Dataset.open(Place.of(dataset)).split("train")).read_all()
     width, epochs = evaluate.feature_width, evaluate.feature_epochs
     return train_feature_net(images, labels, width=width, epochs=epochs, seed=_FEATURE_SEED, threads=1).save()
 

@@ -29,6 +29,8 @@ def register_run(
         "run": training.name,
         "dataset_digest": dataset.digest,
     }
+    if damaged := len(training.damage()):  # with others in their place: not all of the digest's images
+        tags["damaged_training_images"] = str(damaged)
     version = register(model, spec.name, run_id, tracker.address.uri, tags)
     tracker.finish(run_id, {"ddpm.model_digest": model.digest, "ddpm.version": str(version)})
     return version, run_id

@@ -11,12 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pipelines.cluster import Cluster
+from pipelines.data.damage import Damage
 from pipelines.data.manifest import Dataset
+from pipelines.data.reader import Reader
 from pipelines.errors import Failed, UserError
 from pipelines.progress import Progress, counted
 from pipelines.spec import Spec
-from pipelines.store import Place
+from pipelines.store import DamageError, Place
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA, MODEL
 from pipelines.train.loop import LIVE, Hook, World, train_from_config
@@ -51,6 +55,7 @@ def train(
     run = Run.of(spec, dataset.digest, store)
     if (done := trained(run, spec)) is not None:
         run.checkpoints.pin(done.step)
+        _say_what_was_damaged(run, dataset, progress)
         tracker.ship(run, spec, dataset, final=True)
         return done
     further = [step for step in run.checkpoints.steps() if step > spec.train.total_steps]
@@ -65,6 +70,7 @@ def train(
         if (step := run.checkpoints.latest_step()) is not None:
             progress.say(f"run {run.name} goes on from step {step:,}")
             _say_what_changed(run.checkpoints.environment(step), progress)
+            _say_what_was_damaged(run, dataset, progress)
         _check_resources(spec, cluster)
         tracker.start(run, spec, dataset)
         try:
@@ -79,7 +85,7 @@ def train(
     if done is None:
         raise RuntimeError(f"run {run.name} ended without its last checkpoint, see {run.place}")
     run.checkpoints.pin(done.step)
-    _say_what_was_damaged(run, progress)
+    _say_what_was_damaged(run, dataset, progress)
     return done
 
 
@@ -108,16 +114,35 @@ def _say_what_changed(then: Mapping[str, Any], progress: Progress) -> None:
         progress.say(f"warning: the bits may differ from an unbroken run's: {', '.join(changed)}")
 
 
-def _say_what_was_damaged(run: Run, progress: Progress) -> None:
-    """One line where other images were read in place of damaged ones."""
-    if damaged := run.damage():
-        first = damaged[0]
-        member = f" ({first.member})" if first.member else ""
+def _say_what_was_damaged(run: Run, dataset: Dataset, progress: Progress) -> None:
+    """One line where other images were read in place of damaged ones; they may have been put right since."""
+    if not (damaged := run.damage()):
+        return
+    first, folder = damaged[0], run.place / "damage"
+    member = f" ({first.member})" if first.member else ""
+    told = (
+        f"warning: {counted(len(damaged), 'damaged training image')} of run {run.name} had others read in their place"
+    )
+    if whole := sum(_is_whole(dataset, damage) for damage in damaged):
         progress.say(
-            f"warning: {len(damaged):,} damaged training images had others read in their place, "
-            f"row {first.row}{member} of {first.shard} for one; all are in {run.place / 'damage'}, "
+            f"{told}; {whole:,} of them are whole now, and the run's weights are not those that the images as they are "
+            f"give: delete {run.place} to train anew"
+        )
+    else:
+        progress.say(
+            f"{told}, row {first.row}{member} of {first.shard} for one; all are in {folder}, "
             "and `ddpm data verify` names the damage"
         )
+
+
+def _is_whole(dataset: Dataset, damage: Damage) -> bool:
+    split = dataset.split("train")
+    shard = split.table["name"].to_pylist().index(damage.shard)
+    try:
+        Reader(split, cache_bytes=0).read(np.array([shard]), np.array([damage.row]))
+    except DamageError:
+        return False
+    return True
 
 
 def _check_resources(spec: Spec, cluster: Cluster) -> None:

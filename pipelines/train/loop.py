@@ -21,12 +21,12 @@ from pipelines.build import build_loss, build_model, build_process
 from pipelines.data.manifest import Dataset
 from pipelines.data.order import owned_slots
 from pipelines.data.pixels import to_model
-from pipelines.data.reader import SHARDS_OPEN, Reader, ShardCache, SlotStream
+from pipelines.data.reader import SlotStream
 from pipelines.errors import Failed
-from pipelines.sections import Data
 from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.train.augment import augment
+from pipelines.train.images import TrainingImages
 from pipelines.train.initial import first_weights
 from pipelines.train.journal import Row
 from pipelines.train.reduce import SlotGradients, tree_sum
@@ -94,8 +94,7 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         self.state = State(self.model, spec.train)
         self.owned = owned_slots(world.rank, world.size, spec.train.slots)
-        self._data = _reader(dataset, run, spec.data)
-        self._order = dataset.split("train").order(spec.data.window, spec.seed)
+        self._images = TrainingImages(spec, dataset, run, self.owned)
         self._resume()
         self._gradients = SlotGradients(self.parameters)
         self._module: Any = self.model
@@ -131,6 +130,7 @@ class Trainer:
             waited += time.perf_counter() - before
             assert (step, of_slot) == (self.step, slot)
             stats.append(self._slot(slot, images, labels))
+        self._images.record_damage(self.step)
         gradient = self._gradients.total.div_(self.spec.train.slots)
         norm = float(torch.linalg.vector_norm(gradient))
         if not math.isfinite(norm):  # the same bits on all ranks, so all stop here
@@ -276,18 +276,8 @@ class Trainer:
             raise RuntimeError(f"attempt {self.attempt} of run {self.run.name} was superseded: it writes no more")
 
     def stream(self) -> SlotStream:
-        """The images of the owned slots from this step on, to the end: what lies beyond is not even read, so that a
-        run's record of damage is of the images that it was trained on.
-        """
-        return SlotStream(
-            self._data,
-            self._order,
-            global_batch=self.spec.train.global_batch,
-            slots=self.spec.train.slots,
-            owned=self.owned,
-            start_step=self.step,
-            end_step=self.spec.train.total_steps,
-        )
+        """The images of the owned slots from this step on, to the end."""
+        return self._images.stream(self.step)
 
     def _resume(self) -> None:
         """Agree with all ranks on attempt and checkpoint, and load it."""
@@ -302,18 +292,6 @@ class Trainer:
             self.state.load(self.run.checkpoints.load(step))
         elif self.spec.train.init_from is not None:
             self.state.start_from(first_weights(self.spec, self.dataset.digest, self.run))
-
-
-def _reader(dataset: Dataset, run: Run, data: Data) -> Reader:
-    """Reads the training images as the spec says."""
-    cache = None if data.cache is None else ShardCache(data.cache.folder, int(data.cache.gib * 2**30))
-    return Reader(
-        dataset.split("train"),
-        shard_cache=cache,
-        on_error=data.on_error,
-        on_damage=run.record_damage,
-        shards_open=max(SHARDS_OPEN, 2 * data.window + 2),  # the window, the next one, and where they meet
-    )
 
 
 def _log_snr_quartiles(log_snr: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """`ddpm ingest` and `ddpm data index` as a person meets them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,18 @@ def test_what_cannot_be_ingested_or_indexed_is_one_line(tmp_path: Path) -> None:
     assert_refused(ddpm("ingest", "pictures", "pictures/out", *SIZE, cwd=tmp_path), "lies inside SOURCE")
     assert_refused(ddpm("data", "index", "pictures", *SIZE, cwd=tmp_path), "there is no .tar below")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "pictures", range(40))
+    words = [sys.executable, "-m", "jobs", "ingest", "pictures", "out", *SIZE]
+    done = subprocess.run(  # a file may have 8 KiB
+        ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ddpm: failed: ")
+    assert "out: File too large; what is done is kept" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_tars_are_indexed_and_looked_at(tmp_path: Path) -> None:

@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.cluster import Cluster
 from pipelines.data.damage import Damage
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset, read_index
 from pipelines.data.order import owned_slots
 from pipelines.data.pixels import to_model
 from pipelines.data.reader import Reader
+from pipelines.progress import Progress
+from pipelines.session import open_session
 from pipelines.spec import Spec
 from pipelines.store import DamageError, Place
 from pipelines.train.augment import augment, shifted
+from pipelines.train.driver import train as drive
+from pipelines.train.images import TrainingImages
 from pipelines.train.loop import Trainer, World, train
 from pipelines.train.run import Run
 from tests.conftest import tiny_spec
@@ -147,6 +152,53 @@ def test_damage_is_recorded_of_what_was_trained_on_alone(
     assert {(damage.shard, damage.row) for damage in run.damage()} == met
 
 
+def test_damage_that_was_read_ahead_and_mended_before_its_turn_is_not_recorded(
+    damaged: tuple[Dataset, set], whole: Dataset, tmp_path: Path
+) -> None:
+    dataset, places = damaged
+    spec = tiny_spec(data__on_error="skip", **LONG)
+    split = dataset.split("train")
+    shards, rows = split.order(spec.data.window, spec.seed).locate(np.arange(1280))
+    names = [(split.shard(int(shard)).name, int(row)) for shard, row in zip(shards, rows, strict=True)]
+    first = min(names.index(place) for place in places) // spec.train.global_batch
+    assert first > 1
+    run = run_of(spec, dataset, tmp_path / "run")
+    trainer = Trainer(spec, dataset, run, World())
+    with trainer.stream() as stream:
+        while trainer.step < first:
+            trainer.take_step(stream)
+        trainer.save()
+    shutil.copytree(whole.place.path, dataset.place.path, dirs_exist_ok=True)
+    outcome = train(spec, dataset, run)
+    undisturbed = run_of(spec, whole, tmp_path / "undisturbed")
+    train(spec, whole, undisturbed)
+    assert run.checkpoints.digests(outcome.step) == undisturbed.checkpoints.digests(outcome.step)
+    assert run.damage() == []
+
+
+def test_a_run_of_damaged_images_says_so_when_they_are_whole_again(
+    damaged: tuple[Dataset, set], whole: Dataset, tmp_path: Path
+) -> None:
+    dataset, _ = damaged
+    said: list[str] = []
+
+    class Heard(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    spec = tiny_spec(data__on_error="skip", **LONG)
+    train(spec, dataset, run_of(spec, dataset, tmp_path / "store"))
+    for mended, words in ((False, "had others read in their place"), (True, "3 of them are whole now")):
+        if mended:
+            shutil.copytree(whole.place.path, dataset.place.path, dirs_exist_ok=True)
+        said.clear()
+        with Cluster(None) as unused:
+            session = open_session(unused, Heard(), spec, str(tmp_path / "store"))
+            done = drive(spec, dataset, session.store, unused, session.tracker, session.progress)
+        assert done.damaged == 3
+        assert [words in line for line in said] == [True]
+
+
 def test_a_record_of_damage_is_kept_once(whole: Dataset, tmp_path: Path) -> None:
     run = run_of(tiny_spec(), whole, tmp_path)
     one = Damage("deep/a.tar", 3, "x.png", "is cut short", "deep/a.tar", 4)
@@ -178,9 +230,7 @@ def test_fewer_images_than_a_batch_are_trained_on_the_same_by_any_number_of_work
     assert (outcome.step, outcome.images) == (2, 64)
     seen: dict[int, np.ndarray] = {}
     for rank in range(4):
-        trainer = Trainer(spec, dataset, run_of(spec, dataset, tmp_path / "ranks"), World())
-        trainer.owned = owned_slots(rank, 4, 4)
-        with trainer.stream() as stream:
+        with TrainingImages(spec, dataset, run, owned_slots(rank, 4, 4)).stream(0) as stream:
             step, slot, batch, _ = next(stream)
             assert step == 0
             seen[slot] = batch
