@@ -135,7 +135,7 @@ def preview(
 
 @data.command()
 def verify(dataset: DatasetFolder, workers: Workers = None, as_json: Json = False) -> None:
-    """Look at every byte of a dataset and name all damage. Exit code 1 where there is any."""
+    """Look at every byte of tars and indices, and name all damage. Exit code 1 where there is any."""
     from jobs.data_tables import show_verification
     from jobs.live import listener
     from pipelines.cluster import Cluster

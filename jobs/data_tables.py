@@ -5,6 +5,7 @@ from typing import Any
 
 from pipelines.data.diff import Difference
 from pipelines.data.manifest import SPLITS
+from pipelines.data.sources.files import printable
 from pipelines.data.verify import Verification
 from pipelines.progress import counted, plain
 
@@ -22,10 +23,10 @@ def show_info(told: Mapping[str, Any]) -> None:
     splits, kind = {name: told["splits"][name] for name in SPLITS}, {1: "grey", 3: "RGB"}[told["channels"]]
     print(f"dataset    {told['dataset']}")
     print(f"digest     {told['digest']}")
-    print(f"source     {told['source']['kind']} {told['source']['name']}")
+    print(f"source     {printable(told['source']['kind'])} {printable(told['source']['name'])}")
     print(f"images     {told['image_size']} x {told['image_size']} {kind}, {told['bytes'] / 2**20:,.1f} MiB in tars")
     if told["tars"] is not None:
-        print(f"tars       {told['tars']}, images read to {told['decode']}")
+        print(f"tars       {printable(told['tars'])}, images read to {told['decode']}")
     for name in ("mean", "std"):
         print(f"{name:<10} {', '.join(f'{value:.4f}' for value in told[name])} (of training pixels, 0 to 1)")
     if duplicates := told.get("duplicates"):
@@ -36,9 +37,9 @@ def show_info(told: Mapping[str, Any]) -> None:
     if told["classes"]:
         print()
         counts = zip(*(split["per_class"] for split in splits.values()), strict=True)
-        rows = [(name, *map(plain, count)) for name, count in zip(told["classes"], counts, strict=True)]
-        _table(("class", *splits), rows[:_CLASSES])
-        _more(len(rows) - _CLASSES, "classes")
+        lines = [(printable(name), *map(plain, count)) for name, count in zip(told["classes"], counts, strict=True)]
+        _table(("class", *splits), lines[:_CLASSES])
+        _more(len(lines) - _CLASSES, "classes")
     _show_shuffle(told["shuffle"])
 
 
@@ -55,7 +56,7 @@ def _show_shuffle(told: Mapping[str, Any]) -> None:
 def show_verification(result: Verification) -> None:
     """One line a finding; where there is none, how much was looked at."""
     for finding in result.findings[:_FINDINGS]:
-        print(finding)
+        print(printable(finding))
     _more(len(result.findings) - _FINDINGS, "findings")
     if not result.findings:
         shards, images = counted(result.shards, "shard"), counted(result.images, "image")
@@ -68,8 +69,11 @@ def show_difference(told: Difference) -> None:
         print("the same dataset: the same pixels and labels, in shards of the same sizes")
     for name, (one, other) in told.recipe.items():
         if name == "classes":
-            one, other = ([c for c in mine if c not in theirs] for mine, theirs in ((one, other), (other, one)))
-            print(f"classes    only in A: {_names(one)}; only in B: {_names(other)}")
+            alone = [[c for c in mine if c not in theirs] for mine, theirs in ((one, other), (other, one))]
+            if any(alone):
+                print(f"classes    only in A: {_names(alone[0])}; only in B: {_names(alone[1])}")
+            else:
+                print("classes    the same names in another order: their labels are other numbers to a model")
         else:
             print(f"{name:<10} A {_value(one)}, B {_value(other)}")
     if told.same:
@@ -91,19 +95,22 @@ def show_difference(told: Difference) -> None:
     if [row for row in told.classes if row["class"] is not None]:
         print()
         columns = ("a", "b", "only_a", "only_b")
-        rows = [(row["class"] or "(no label)", *(f"{row[c]:,}" for c in columns)) for row in told.classes]
+        rows = [
+            ("(no label)" if row["class"] is None else printable(row["class"]), *(f"{row[c]:,}" for c in columns))
+            for row in told.classes
+        ]
         _table(("class", "A", "B", "only in A", "only in B"), rows[:_CLASSES])
         _more(len(rows) - _CLASSES, "classes")
 
 
 def _names(names: Sequence[str]) -> str:
-    return (", ".join(names[:_CLASSES]) + (", ..." if len(names) > _CLASSES else "")) or "none"
+    return (", ".join(map(printable, names[:_CLASSES])) + (", ..." if len(names) > _CLASSES else "")) or "none"
 
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
         return " and ".join(f"{number:,} {name}" for name, number in value.items())
-    return "says none" if value is None else str(value)
+    return "says none" if value is None else printable(value)
 
 
 def _more(number: int, what: str) -> None:

@@ -38,9 +38,9 @@ class Verification:
 
 
 def verify(place: Place, *, map_shards: MapShards = over_chunks, progress: Progress | None = None) -> Verification:
-    """Look at every byte of a dataset. UserError where there is none; all damage is in the result.
+    """Look at every byte of a dataset's tars and indices, and whether table and card agree with them.
 
-    `progress` is told the images. Beside one shard a process, and what is done before its turn, memory holds 40 bytes
+    UserError where there is no dataset; all damage is in the result. `progress` is told the images. Beside one shard a process, and what is done before its turn, memory holds 40 bytes
     an image of the shards that are done.
     """
     try:
@@ -73,8 +73,11 @@ class _Pass:
         card, whole = self.dataset.place / CARD, all(self.whole.values())
         for name, split in self.splits.items():
             self._check_counts(name, len(split), len(split.shard_sizes))
-        if self.whole["train"] and self.pixels.any():
-            self._check_moments()
+        if self.pixels.any():
+            if self.whole["train"]:
+                self._check_moments()
+        else:  # pictures that are brought to the size as they are read
+            self._check_moments_are_shares()
         if whole and digest != self.dataset.digest:
             self._say(card, f"has the digest {self.dataset.digest}, the images as they are have {digest}")
         # Two rows of the table can be about one tar: what is wrong with it as a whole was found twice.
@@ -125,6 +128,13 @@ class _Pass:
             if told != found:
                 what = f"says {told} {name} of {split}, the table of shards and the indices have {found}"
                 self._say(self.dataset.place / CARD, what)
+
+    def _check_moments_are_shares(self) -> None:
+        for name in ("mean", "std"):
+            told, channels = self.dataset.card[name], self.dataset.channels
+            numbers = isinstance(told, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in told)
+            if not numbers or len(told) != channels:
+                self._say(self.dataset.place / CARD, f"says {name} {told}, which is not a share of white a channel")
 
     def _check_moments(self) -> None:
         """Mean and standard deviation of the training pixels, of 0 to 1."""
