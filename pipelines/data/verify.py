@@ -40,8 +40,8 @@ class Verification:
 def verify(place: Place, *, map_shards: MapShards = over_chunks, progress: Progress | None = None) -> Verification:
     """Look at every byte of a dataset's tars and indices, and whether table and card agree with them.
 
-    UserError where there is no dataset; all damage is in the result. `progress` is told the images. Beside one shard a process, and what is done before its turn, memory holds 40 bytes
-    an image of the shards that are done.
+    UserError where there is no dataset; all damage is in the result. `progress` is told the images. Beside one shard a
+    process, and what is done before its turn, memory holds 40 bytes an image of the shards that are done.
     """
     try:
         dataset = Dataset.open(place)
