@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.loading import scale, sides
+from benchmarks.loading.blocked import blocked
 from benchmarks.loading.data import PACKAGE, Images, prepare, prepare_indexed
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="the core that all run on")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/loader.json")
     options = parser.parse_args()
+    cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {options.core})
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="webdataset")
@@ -138,6 +140,8 @@ def main() -> None:
     if not done["numbers"]:
         everything = prepare(options.work, MEMORY_IMAGES, 28, folder=False)
         done["numbers"] = {**scale.opening(options.work, 5), **scale.memory(everything.shards)}
+        os.sched_setaffinity(0, cores)
+        done["numbers"] |= blocked(options.work)
         keep()
     rows = [Row(**row) for group in GROUPS for row in done["groups"][group.name]]
     if options.write:
