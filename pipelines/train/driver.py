@@ -23,7 +23,8 @@ from pipelines.spec import Spec
 from pipelines.store import DamageError, Place
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA, MODEL
-from pipelines.train.loop import LIVE, Hook, World, train_from_config
+from pipelines.train.loop import Hook, World, train_from_config
+from pipelines.train.recorder import LIVE
 from pipelines.train.run import Run, environment
 
 MAX_WORKER_FAILURES = 5
@@ -174,10 +175,10 @@ def _fit_and_watch(spec: Spec, dataset: Dataset, run: Run, tracker: Tracker, pro
     (run.place / LIVE).path.unlink(missing_ok=True)
     thread = threading.Thread(target=work, name="ray-train", daemon=True)
     thread.start()
-    shipped = time.monotonic()
+    shipped, told = time.monotonic(), None
     while thread.is_alive():
         thread.join(_WATCH_SECONDS)
-        _show(run, spec, progress)
+        told = _show(run, spec, progress, told)
         if time.monotonic() - shipped > _SHIP_SECONDS:
             tracker.ship(run, spec, dataset)
             shipped = time.monotonic()
@@ -185,13 +186,18 @@ def _fit_and_watch(spec: Spec, dataset: Dataset, run: Run, tracker: Tracker, pro
         raise _explained(ended[0])
 
 
-def _show(run: Run, spec: Spec, progress: Progress) -> None:
+def _show(run: Run, spec: Spec, progress: Progress, told: str | None) -> str | None:
+    """How far the run is, and what trouble it has with its storage, unless that was told before; what is told now."""
     try:
         live = (run.place / LIVE).read_json()
     except FileNotFoundError:
-        return
+        return told
     total = spec.train.total_steps * spec.train.global_batch
     progress.advance(live["images"], total, "images", rate=live["images_per_second"], loss=live["loss"])
+    trouble: str | None = live["trouble"]
+    if trouble not in (None, told):
+        progress.say(f"warning: {trouble}; training goes on, and tries again at the next checkpoint")
+    return trouble
 
 
 def fit(

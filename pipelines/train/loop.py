@@ -4,6 +4,7 @@ Everything that decides a bit is keyed by (seed, step, slot): which images, whic
 Ranks only share the slots out. The one clock is images seen.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -26,16 +27,13 @@ from pipelines.errors import Failed
 from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.train.augment import augment
+from pipelines.train.checkpoint import Checkpoint
 from pipelines.train.images import TrainingImages
 from pipelines.train.initial import first_weights
-from pipelines.train.journal import Row
-from pipelines.train.reduce import SlotGradients, tree_sum
+from pipelines.train.recorder import QUARTILES, Recorder
+from pipelines.train.reduce import SlotGradients
 from pipelines.train.run import Run, environment
 from pipelines.train.state import State
-
-LIVE = "live.json"
-_LIVE_SECONDS = 0.5
-_QUARTILES = 4
 
 
 @dataclass(frozen=True)
@@ -69,15 +67,22 @@ def train(
     torch.set_num_threads(spec.train.threads)
     trainer = Trainer(spec, dataset, run, world or World())
     snapshots = frozenset(spec.train.snapshot_steps(spec.train.total_steps))
-    with trainer.stream() as stream:
-        while trainer.step < spec.train.total_steps:
-            trainer.take_step(stream)
-            if trainer.step in snapshots:
-                trainer.save_snapshot()
-            if trainer.step % spec.train.checkpoint_every == 0 or trainer.step == spec.train.total_steps:
-                trainer.save()
-                if at_checkpoint is not None:
-                    at_checkpoint(trainer)
+    try:
+        with trainer.stream() as stream:
+            while trainer.step < spec.train.total_steps:
+                trainer.take_step(stream)
+                if trainer.step in snapshots:
+                    trainer.save_snapshot()
+                if trainer.step % spec.train.checkpoint_every == 0 or trainer.step == spec.train.total_steps:
+                    trainer.save()
+                    if at_checkpoint is not None:
+                        trainer.recorder.settle()
+                        at_checkpoint(trainer)
+    except BaseException:
+        with contextlib.suppress(Exception):  # what is being written is worth waiting for
+            trainer.recorder.settle()
+        raise
+    trainer.recorder.finish()
     return Outcome(trainer.step, trainer.images, trainer.attempt)
 
 
@@ -102,10 +107,7 @@ class Trainer:
             self._module = DistributedDataParallel(self.model)
             self._module.register_comm_hook(None, self._gradients.hook)
         self._boundaries = _log_snr_quartiles(self.process.schedule.log_snr)
-        self._pending: list[tuple[Tensor, float, int, dict[str, float]]] = []
-        self._rows: list[Row] = []
-        self._live_at = 0.0
-        self._mark = (time.perf_counter(), self.images)
+        self.recorder = Recorder(run, spec.train, self.attempt, self.images, world.rank, world.size)
 
     @property
     def step(self) -> int:
@@ -142,9 +144,10 @@ class Trainer:
             gradient.mul_(self.spec.train.grad_clip / norm)
         rate = self._learning_rate()
         self.state.advance(gradient, rate)
-        self._pending.append((torch.stack(stats), waited, _now_ms(), {"gradient_norm": norm, "learning_rate": rate}))
+        exact = {"gradient_norm": norm, "learning_rate": rate}
+        self.recorder.add(torch.stack(stats), exact, {"data_wait_seconds": waited})
         if self.step % self.spec.train.log_every == 0:
-            self._log()
+            self.recorder.log(self.step)
 
     def _slot(self, slot: int, images: Any, labels: Any) -> Tensor:
         """Forward and backward of one slot; its statistics, float64 [1 + 2 * quartiles]: loss, then by quartile of the
@@ -170,7 +173,7 @@ class Trainer:
         for parameter in self.parameters:
             parameter.grad = None
         quartile = torch.bucketize(self.process.schedule.log_snr[t - 1], self._boundaries)
-        sums = torch.zeros(2, _QUARTILES, dtype=torch.float64)
+        sums = torch.zeros(2, QUARTILES, dtype=torch.float64)
         sums[0].index_add_(0, quartile, losses)
         sums[1].index_add_(0, quartile, weights)
         return torch.cat((losses.mean()[None], sums.flatten()))
@@ -208,72 +211,18 @@ class Trainer:
         done = self.images + self.spec.train.global_batch
         return self.spec.train.learning_rate * (min(1.0, done / warm) if warm else 1.0)
 
-    # --- what is recorded ---
-
-    def _log(self) -> None:
-        """Turn the pending steps into rows of the journal: every rank's slots, in slot order."""
-        if not self._pending:
-            return
-        mine = torch.stack([stats for stats, *_ in self._pending])  # [steps, owned slots, statistics]
-        everyone = [torch.empty_like(mine) for _ in range(self.world.size)]
-        if self.world.size > 1:
-            dist.all_gather(everyone, mine)
-        else:
-            everyone = [mine]
-        totals = tree_sum(torch.cat(everyone, dim=1).transpose(0, 1)) / self.spec.train.slots
-        first = self.step - len(self._pending) + 1
-        now, (then, images_then) = time.perf_counter(), self._mark
-        rate = (self.images - images_then) / (now - then)
-        self._mark = (now, self.images)
-        for i, (_, waited, at, exact) in enumerate(self._pending):
-            sums, counts = totals[i, 1:].view(2, _QUARTILES)
-            by_quartile = {
-                f"loss_log_snr_q{q + 1}": float(sums[q] / counts[q]) for q in range(_QUARTILES) if counts[q] > 0
-            }
-            row = Row(
-                step=first + i,
-                images=(first + i) * self.spec.train.global_batch,
-                time_ms=at,
-                exact={"loss": float(totals[i, 0]), **by_quartile, **exact},
-                wall={"images_per_second": rate, "data_wait_seconds": waited},
-            )
-            self._rows.append(row)
-        self._pending.clear()
-        self._show(rate)
-
-    def _show(self, rate: float) -> None:
-        """Tell the driver how far we are; a picture of the moment, not a record."""
-        if self.world.rank == 0 and time.monotonic() - self._live_at > _LIVE_SECONDS:
-            self._live_at = time.monotonic()
-            live = {
-                "attempt": self.attempt,
-                "images": self.images,
-                "images_per_second": rate,
-                "loss": self._rows[-1].exact["loss"],
-            }
-            (self.run.place / LIVE).write_json(live)
-
     # --- state ---
 
     def save(self) -> None:
-        """Commit the journal's segment, then the checkpoint (rank 0 writes, nobody waits)."""
-        self._log()
-        if self.world.rank == 0:
-            self._check_newest()
-            self.run.journal.commit(self.attempt, self._rows)
-            checkpoint = self.state.checkpoint({**environment(), "threads": self.spec.train.threads})
-            self.run.checkpoints.save(checkpoint, keep=self.spec.train.keep_checkpoints)
-        self._rows.clear()
+        """Commit the journal's segment, then the checkpoint, while training goes on (rank 0 writes)."""
+        self.recorder.save(self.step, self._checkpoint)
 
     def save_snapshot(self) -> None:
         """Keep the power-function averages of this step (rank 0 writes, nobody waits)."""
-        if self.world.rank == 0:
-            self._check_newest()
-            self.run.checkpoints.save_snapshot(self.step, self.state.profiles())
+        self.recorder.save_snapshot(self.step, self.state.profiles)
 
-    def _check_newest(self) -> None:
-        if self.run.newest_attempt() > self.attempt:
-            raise RuntimeError(f"attempt {self.attempt} of run {self.run.name} was superseded: it writes no more")
+    def _checkpoint(self) -> Checkpoint:
+        return self.state.checkpoint({**environment(), "threads": self.spec.train.threads})
 
     def stream(self) -> SlotStream:
         """The images of the owned slots from this step on, to the end."""
@@ -297,10 +246,6 @@ class Trainer:
 def _log_snr_quartiles(log_snr: Tensor) -> Tensor:
     """The three values that cut the schedule's timesteps into quarters by log-SNR, rising."""
     return torch.quantile(log_snr, torch.tensor([0.25, 0.5, 0.75], dtype=log_snr.dtype))
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def train_from_config(config: Mapping[str, Any], world: World, at_checkpoint: Hook | None = None) -> Outcome:

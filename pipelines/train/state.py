@@ -49,21 +49,21 @@ class State:
             average.update([self.weights], self.images, batch)
 
     def checkpoint(self, environment: Mapping[str, Any]) -> Checkpoint:
-        """The whole state, tensors keyed by parameter name."""
+        """A copy of the whole state, on the CPU, tensors keyed by parameter name."""
         moments = ("exp_avg", "exp_avg_sq")
         return Checkpoint(
             step=self.step,
             images=self.images,
-            model=self._named(self.weights.detach()),
-            ema=self._named(self._ema.tensors[0]),
-            optimizer={k: v for m in moments for k, v in self._named(self._moments[m], f"{m}.").items()},
+            model=self._named(_copy(self.weights)),
+            ema=self._named(_copy(self._ema.tensors[0])),
+            optimizer={k: v for m in moments for k, v in self._named(_copy(self._moments[m]), f"{m}.").items()},
             profiles=self.profiles(),
             environment=environment,
         )
 
     def profiles(self) -> dict[float, dict[str, Tensor]]:
-        """The power-function averages by their sigma_rel."""
-        return {width: self._named(average.tensors[0]) for width, average in self._profiles.items()}
+        """A copy of the power-function averages, by their sigma_rel."""
+        return {width: self._named(_copy(average.tensors[0])) for width, average in self._profiles.items()}
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
@@ -98,3 +98,7 @@ class State:
 
     def _flat(self, named: Mapping[str, Tensor], prefix: str = "") -> Tensor:
         return torch.cat([named[prefix + name].reshape(-1) for name in self._parameters])
+
+
+def _copy(flat: Tensor) -> Tensor:
+    return torch.clone(flat.detach()).cpu()

@@ -168,6 +168,7 @@ def test_damage_that_was_read_ahead_and_mended_before_its_turn_is_not_recorded(
         while trainer.step < first:
             trainer.take_step(stream)
         trainer.save()
+        trainer.recorder.settle()
     shutil.copytree(whole.place.path, dataset.place.path, dirs_exist_ok=True)
     outcome = train(spec, dataset, run)
     undisturbed = run_of(spec, whole, tmp_path / "undisturbed")

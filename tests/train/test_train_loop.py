@@ -195,8 +195,9 @@ def test_a_superseded_attempt_writes_no_more(dataset: Dataset, tmp_path: Path) -
     with zombie.stream() as stream:
         zombie.take_step(stream)
     run.claim_attempt()
+    zombie.save()
     with pytest.raises(RuntimeError, match="superseded"):
-        zombie.save()
+        zombie.recorder.settle()
     assert run.checkpoints.steps() == []
     assert run.journal.read(10**9) is not None
     assert list(run.journal.read(10**9)) == []

@@ -1,0 +1,184 @@
+"""What a run leaves behind as it trains: journal, checkpoints, a picture of the moment for the driver.
+
+Checkpoints are committed by a thread, from copies, while training goes on. Where the storage fails, training goes on
+too: the older checkpoint stays whole, the driver is told, and the next one carries the rows of the journal that could
+not be written.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipelines.errors import Failed, one_line
+from pipelines.sections import Train
+from pipelines.store import StorageError
+from pipelines.train.checkpoint import Checkpoint
+from pipelines.train.journal import Row
+from pipelines.train.reduce import tree_sum
+from pipelines.train.run import Run
+
+LIVE = "live.json"
+QUARTILES = 4
+
+Figures = Mapping[str, float]
+
+_LIVE_SECONDS = 0.5
+_LAST_ATTEMPTS = 6
+_LAST_PAUSE_SECONDS = 0.5  # then twice as long each time: some 16 s in all
+
+
+class Recorder:
+    """Of one rank of one attempt. Only rank 0 writes; all of them take part in `log`."""
+
+    def __init__(self, run: Run, train: Train, attempt: int, images: int, rank: int, ranks: int) -> None:
+        """`images` were seen before."""
+        self._run, self._train, self._attempt, self._rank, self._ranks = run, train, attempt, rank, ranks
+        self._pending: list[tuple[Tensor, Figures, int, Figures]] = []
+        self._rows: list[Row] = []
+        self._writer = _Writer(run, attempt, train.keep_checkpoints)
+        self._newest: Row | None = None
+        self._live_at = 0.0
+        self._mark = (time.perf_counter(), images)
+
+    def add(self, statistics: Tensor, exact: Figures, wall: Figures) -> None:
+        """A step's figures. `statistics` are this rank's, float64 [owned slots, 1 + 2 * QUARTILES]: of each slot the
+        loss, then by quartile of the log-SNR the sums of losses and of what they count.
+        """
+        self._pending.append((statistics, exact, time.time_ns() // 1_000_000, wall))
+
+    def log(self, step: int) -> None:
+        """Turn the figures up to this step into rows of the journal: every rank's slots, in slot order."""
+        if not self._pending:
+            return
+        mine = torch.stack([statistics for statistics, *_ in self._pending])  # [steps, owned slots, statistics]
+        everyone = [torch.empty_like(mine) for _ in range(self._ranks)]
+        if self._ranks > 1:
+            dist.all_gather(everyone, mine)
+        else:
+            everyone = [mine]
+        totals = tree_sum(torch.cat(everyone, dim=1).transpose(0, 1)) / self._train.slots
+        batch, first = self._train.global_batch, step - len(self._pending) + 1
+        now, (then, images_then) = time.perf_counter(), self._mark
+        rate = (step * batch - images_then) / (now - then)
+        self._mark = (now, step * batch)
+        for i, (_, exact, at, wall) in enumerate(self._pending):
+            sums, counts = totals[i, 1:].view(2, QUARTILES)
+            by_quartile = {
+                f"loss_log_snr_q{q + 1}": float(sums[q] / counts[q]) for q in range(QUARTILES) if counts[q] > 0
+            }
+            row = Row(
+                step=first + i,
+                images=(first + i) * batch,
+                time_ms=at,
+                exact={"loss": float(totals[i, 0]), **by_quartile, **exact},
+                wall={"images_per_second": rate, **wall},
+            )
+            self._rows.append(row)
+        self._pending.clear()
+        self._newest = self._rows[-1]
+        self.show()
+
+    def save(self, step: int, checkpoint: Callable[[], Checkpoint]) -> None:
+        """Commit the journal up to this step, then the checkpoint, while training goes on; on rank 0 alone is it asked
+        for. RuntimeError where a later attempt drives the run.
+        """
+        self.log(step)
+        if self._rank == 0:
+            self._writer.write(checkpoint(), self._rows)
+        self._rows = []
+
+    def save_snapshot(self, step: int, profiles: Callable[[], Mapping[float, Mapping[str, Tensor]]]) -> None:
+        """Keep the power-function averages of this step, which the next checkpoint counts on."""
+        if self._rank == 0:
+            check_newest(self._run, self._attempt)
+            self._run.checkpoints.save_snapshot(step, profiles())
+
+    def settle(self) -> None:
+        """Wait until what was to be saved is. What the storage did not take is left for the next checkpoint."""
+        self._writer.wait()
+
+    def finish(self) -> None:
+        """As `settle`, for the last checkpoint: it is tried a few times. Failed where the storage does not take it."""
+        self._writer.finish()
+
+    def show(self, always: bool = False) -> None:
+        """Tell the driver how far we are, now and then or `always`; a picture of the moment, not a record."""
+        if self._rank or self._newest is None or not (always or time.monotonic() - self._live_at > _LIVE_SECONDS):
+            return
+        self._live_at = time.monotonic()
+        live = {
+            "attempt": self._attempt,
+            "images": self._newest.images,
+            "images_per_second": self._newest.wall["images_per_second"],
+            "loss": self._newest.exact["loss"],
+            "trouble": self._writer.trouble,
+        }
+        with contextlib.suppress(OSError):
+            (self._run.place / LIVE).write_json(live)
+
+
+class _Writer:
+    """Commits one checkpoint at a time, in a thread of its own."""
+
+    def __init__(self, run: Run, attempt: int, keep: int) -> None:
+        self._run, self._attempt, self._keep = run, attempt, keep
+        self._left: tuple[Checkpoint, list[Row]] | None = None
+        """What is being written, or could not be."""
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.trouble: str | None = None
+        """What the storage says, where it does not take checkpoints."""
+
+    def write(self, checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
+        self.wait()
+        unwritten = [] if self._left is None else self._left[1]
+        self._left = (checkpoint, [*unwritten, *rows])
+        self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        self.wait()
+        pause = _LAST_PAUSE_SECONDS
+        for _ in range(_LAST_ATTEMPTS - 1):
+            if self._left is None:
+                return
+            time.sleep(pause)
+            pause *= 2
+            self._work()
+            self.wait()
+        if self._left is not None:
+            raise Failed(
+                f"run {self._run.name}: {self.trouble}; mend that and run it again, it goes on from what it has"
+            )
+
+    def _work(self) -> None:
+        assert self._left is not None
+        checkpoint, rows = self._left
+        try:
+            check_newest(self._run, self._attempt)
+            self._run.journal.commit(self._attempt, rows)
+            self._run.checkpoints.save(checkpoint, keep=self._keep)
+        except (OSError, StorageError) as error:
+            self.trouble = f"checkpoint {checkpoint.step} could not be written ({one_line(error)})"
+        except BaseException as error:  # raised where it is waited for
+            self._error = error
+        else:
+            self._left = self.trouble = None
+
+
+def check_newest(run: Run, attempt: int) -> None:
+    """RuntimeError where a later attempt drives the run: what an earlier one still writes would be a zombie's."""
+    if run.newest_attempt() > attempt:
+        raise RuntimeError(f"attempt {attempt} of run {run.name} was superseded: it writes no more")
