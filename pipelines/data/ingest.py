@@ -5,8 +5,8 @@
     write    one shard and its index: a pure function of (source, recipe, plan), so that any process may do it
     commit   contact sheet, table of shards and, last, the card
 
-Scan and write run over chunks of the source, as Ray tasks where there is more than a little to do. Each leaves a
-record, and an ingest that was killed goes on with what has none. The same images and the same recipe give the same
+Scan and write run over chunks of the source, on Ray where there is more than a little to do. Each leaves a record, and
+an ingest that was killed goes on with what has none. The same images and the same recipe give the same
 bytes, whatever ran where and however often it was killed; without the card, nothing of it is taken for a dataset.
 """
 

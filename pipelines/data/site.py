@@ -27,6 +27,7 @@ class _Mark:
     verb: str
     source: str
     identity: str
+    """Empty when the dataset is finished: with times of files in it, it would be all that differs between two."""
     files: tuple[str, ...] = ()
     format: int = FORMAT
 
@@ -64,7 +65,7 @@ class Site:
                 except UserError:
                     self._withdraw()
                     raise
-            self.records.remove()
+            self._finish()
         return dataset
 
     def claim(self, names: Iterable[str]) -> None:
@@ -78,10 +79,12 @@ class Site:
         self._write(tuple(sorted(files)))
 
     def confirm(self) -> None:
-        """UserError where another work has begun in the folder, from which nothing keeps it on S3."""
+        """UserError where another process was at work in the folder, from which nothing keeps it on S3."""
         found = self._read()
         if found is None or (found.verb, found.identity) != (self._mark.verb, self._mark.identity):
-            raise UserError(f"{self.out}: something else was begun here meanwhile; name another folder")
+            raise UserError(
+                f"{self.out}: another process was at work here meanwhile; start again, or name another folder"
+            )
 
     def _begin(self) -> None:
         found = self._read()
@@ -90,7 +93,7 @@ class Site:
             raise UserError(f"{self.out}: an unfinished {found.verb} of {found.source} is here; name another folder")
         if foreign := next((name for name in self._ours() if name not in listed), None):
             raise _foreign(self.out, foreign)
-        if found is not None and found.identity != self._mark.identity and not self.out.is_local:
+        if found is not None and found.identity not in ("", self._mark.identity) and not self.out.is_local:
             # Without a lock nobody knows whether it is still being made.
             raise UserError(
                 f"{self.out}: an unfinished {found.verb} of {found.source} is here, of other images or settings; "
@@ -98,6 +101,11 @@ class Site:
             )
         self._is_as_it_was = found is None
         self._write(listed)
+
+    def _finish(self) -> None:
+        if found := self._read():
+            (self.out / BEGUN).write_json(asdict(replace(found, identity="")))
+        self.records.remove()
 
     def _withdraw(self) -> None:
         if self._is_as_it_was:
@@ -111,14 +119,15 @@ class Site:
             return None
         except (ValueError, IsADirectoryError):
             raise _foreign(self.out, BEGUN) from None
-        if not isinstance(found, dict) or "verb" not in found:
+        if not isinstance(found, dict) or not asdict(self._mark).keys() <= found.keys():
             raise _foreign(self.out, BEGUN)
         if found.get("format") != FORMAT:
             raise UserError(
                 f"{self.out / BEGUN}: format {found.get('format')} is not known here, only {FORMAT}; use the version "
                 "that wrote it"
             )
-        return _Mark(**{**found, "files": tuple(found["files"])})
+        files = tuple(name for name in found["files"] if ".." not in name.split("/") and not name.startswith("/"))
+        return _Mark(found["verb"], found["source"], found["identity"], files)
 
     def _write(self, files: tuple[str, ...]) -> None:
         self._mark = replace(self._mark, files=files)

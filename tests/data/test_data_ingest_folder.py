@@ -153,7 +153,7 @@ def test_a_dataset_that_another_process_finished_meanwhile_stays(
 
     monkeypatch.setattr(Place, "lock", late_lock)
     with pytest.raises(UserError, match="another dataset is here"):
-        make(pictures, "out", shard_images=20, progress=stop_at(55))
+        make(pictures, "out", shard_images=20)
     assert verify(Dataset.open(Place.of(tmp_path / "out")).place).findings == ()
     make(pictures, "undisturbed")
     assert files_below(tmp_path / "out") == files_below(tmp_path / "undisturbed")
@@ -227,7 +227,7 @@ def test_what_was_begun_at_the_same_moment_at_one_address_is_not_committed_twice
         if done >= 55:
             (out / "ingest.json").write_json({**(out / "ingest.json").read_json(), "identity": "another's"})
 
-    with pytest.raises(UserError, match="something else was begun here meanwhile"):
+    with pytest.raises(UserError, match="another process was at work here meanwhile"):
         ingest(str(pictures), out, progress=take_over, image_size=12, channels=3, held_out=0.3, shard_images=8)
     assert not (out / "dataset.json").exists()
 
