@@ -1,5 +1,6 @@
 """What makes shards a dataset: the contact sheet, the table of shards, the page for people and, last, the card."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from pipelines.data.manifest import (
 )
 from pipelines.data.recipe import Recipe
 from pipelines.data.shards import encode_png
+from pipelines.data.sources import NO_LABEL
 from pipelines.data.write import ShardRecord
 from pipelines.store import Place, sha256
 
@@ -135,12 +137,14 @@ def _cell(record: ShardRecord, column: str) -> Any:
 
 
 def _counts(records: Sequence[ShardRecord], classes: int) -> dict[str, Any]:
-    per_class = [sum(record.per_class[label] for record in records) for label in range(classes)]
+    labels = Counter[int]()
+    for record in records:
+        labels.update(record.labels)
     return {
         "samples": sum(record.samples for record in records),
         "shards": len(records),
-        "per_class": per_class,
-        "unlabelled": sum(record.unlabelled for record in records),
+        "per_class": [labels[label] for label in range(classes)],
+        "unlabelled": labels[NO_LABEL],
     }
 
 

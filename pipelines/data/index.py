@@ -7,7 +7,6 @@ on with the tars that have none. Then, as in an ingest: contact sheet, table of 
 import functools
 import itertools
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -19,9 +18,8 @@ from pipelines.cluster import Cluster
 from pipelines.data.card import SHEET_IMAGES, commit, sheet_of
 from pipelines.data.headers import open_whole
 from pipelines.data.index_tar import INDEX, Found, Tar, index_tar
-from pipelines.data.ingest import HELD_OUT_SHARE, alone
+from pipelines.data.ingest import HELD_OUT_SHARE
 from pipelines.data.manifest import (
-    BEGUN,
     BESIDE,
     CARD,
     CARD_PAGE,
@@ -37,16 +35,15 @@ from pipelines.data.manifest import (
 from pipelines.data.plan import Duplicates
 from pipelines.data.reader import Reader
 from pipelines.data.recipe import Recipe, Resize
+from pipelines.data.site import RECORDS, Site
 from pipelines.data.sources import NO_LABEL
 from pipelines.data.sources.paths import own_split, split_of_file, warn_of_labels
 from pipelines.data.work import over_chunks
-from pipelines.data.write import ShardRecord
+from pipelines.data.write import ShardRecord, whole_numbers
 from pipelines.errors import UserError
 from pipelines.progress import counted
-from pipelines.store import Place, check_writable, identity
+from pipelines.store import Place, identity, sha256
 
-_RECORDS = "indexed"
-"""Folder of the records, while the indexing lasts."""
 _RECORDED = {field.name for field in fields(ShardRecord)}
 
 
@@ -88,11 +85,8 @@ def index(
         warnings.warn(f"data.held_out: has no effect, for {tars} has a split of its own", stacklevel=2)
     out = out or tars
     work = _Index(tars, out, recipe, splits, progress or (lambda done, total: None))
-    if (out / CARD).exists():
-        return work.same_dataset(names)
-    check_writable(out)
-    with alone(out):
-        return work.run(names, functools.partial(over_chunks, cluster=cluster, workers=workers))
+    over = functools.partial(over_chunks, cluster=cluster, workers=workers)
+    return work.site.dataset(lambda: work.same_dataset(names), lambda: work.make(names, over))
 
 
 class _Index:
@@ -107,9 +101,12 @@ class _Index:
         report: Callable[[int, int], None],
     ) -> None:
         self.tars, self.out, self.recipe, self.splits, self.report = tars, out, recipe, splits, report
+        told = {"format": FORMAT, "tars": str(tars), **recipe.fields()}
+        self.site = Site(out, "data index", str(tars), identity(told), self._ours)
 
-    def run(self, names: Sequence[str], over: Callable[..., Iterator[tuple[int, list[Found]]]]) -> Dataset:
-        self._begin()
+    def make(self, names: Sequence[str], over: Callable[..., Iterator[tuple[int, list[Found]]]]) -> Dataset:
+        """Look at each tar that no earlier attempt has looked at, and commit what was found."""
+        self.site.claim(f"{INDEX}/{name[:-4]}.{split}.parquet" for name in names for split in SPLITS)
         found = self._look(names, over)
         records, classes = _records([one for name in names for one in found[name]])
         if not any(record.split == SPLITS[0] for record in records):
@@ -119,18 +116,15 @@ class _Index:
         empty = [name for name in names if not found[name]]
         if empty:
             warnings.warn(
-                f"{self.tars}: without a picture: {counted(len(empty), 'tar')}, {empty[0]} for one", stacklevel=3
+                f"{self.tars}: without a picture: {counted(len(empty), 'tar')}, {empty[0]} for one", stacklevel=4
             )
         warn_of_labels(sum(one.unread_labels for name in names for one in found[name]), self.tars)
         digest, copies, straddling = self._digest(records)
         if copies:
             also = f", {straddling:,} of them in both splits, so that scores flatter the model" if straddling else ""
-            warnings.warn(f"{self.tars}: exact copies of other images: {copies:,}{also}", stacklevel=3)
-        kept = {record.index for record in records}
-        for name in (self.out / INDEX).find(".parquet"):  # of tars that went since an earlier attempt
-            if f"{INDEX}/{name}" not in kept:
-                (self.out / INDEX / name).delete()
-        dataset = commit(
+            warnings.warn(f"{self.tars}: exact copies of other images: {copies:,}{also}", stacklevel=4)
+        self.site.claim(record.index for record in records)  # and none of what an earlier attempt found
+        return commit(
             self.out,
             records,
             self.recipe,
@@ -147,8 +141,6 @@ class _Index:
             decode="fit",
             tars=BESIDE if self.out == self.tars else str(self.tars),
         )
-        (self.out / _RECORDS).remove()
-        return dataset
 
     def same_dataset(self, names: Sequence[str]) -> Dataset:
         """The dataset that is there, if it is the one asked for."""
@@ -178,13 +170,10 @@ class _Index:
         place, (size, digest) = self.tars / name, tars[name]
         return place.size() == size and open_whole(place, size)[1] == digest
 
-    def _begin(self) -> None:
-        """Mark the folder as ours: what is in it without the mark is not."""
-        ours = {SHARDS, SHEET, CARD_PAGE, INDEX, _RECORDS}
-        left = [name for name in self.out.list() if name in ours]
-        if left and not (self.out / BEGUN).exists():
-            raise UserError(f"{self.out}: {left[0]} is there and not from an unfinished work; name another folder")
-        (self.out / BEGUN).write_json({"format": FORMAT})
+    def _ours(self) -> Iterator[str]:
+        """Files in `out` that look like those of an index."""
+        yield from {SHARDS, SHEET, CARD_PAGE}.intersection(self.out.list())
+        yield from (f"{INDEX}/{name}" for name in (self.out / INDEX).find(".parquet"))
 
     def _look(
         self, names: Sequence[str], over: Callable[..., Iterator[tuple[int, list[Found]]]]
@@ -223,12 +212,15 @@ class _Index:
 
 
 def _index_and_record(tars: Place, out: Place, recipe: Recipe, tar: Tar) -> list[Found]:
+    record = _record(out, recipe, tar)
+    record.delete()  # what it tells of is about to be written over
     found = index_tar(tars, out, recipe, tar)
-    _record(out, recipe, tar).write_json([asdict(one) for one in found])
+    record.write_json([asdict(one) for one in found])
     return found
 
 
 def _recorded(out: Place, recipe: Recipe, tar: Tar) -> list[Found] | None:
+    """What an earlier attempt has found in a tar, if the indices are still those that it wrote."""
     try:
         told: list[dict[str, Any]] = _record(out, recipe, tar).read_json()
     except FileNotFoundError:
@@ -236,15 +228,18 @@ def _recorded(out: Place, recipe: Recipe, tar: Tar) -> list[Found] | None:
     found = []
     for record in told:
         for name in ("labels", "names"):
-            record[name] = {int(label): value for label, value in record[name].items()}
+            record[name] = whole_numbers(record[name])
         for name in ("pixel_sum", "pixel_square_sum"):
             record[name] = tuple(record[name])
         found.append(Found(**record))
-    return found if all((out / one.index).exists() for one in found) else None
+    try:
+        return found if all(sha256((out / one.index).read()) == one.index_sha256 for one in found) else None
+    except FileNotFoundError:
+        return None
 
 
 def _record(out: Place, recipe: Recipe, tar: Tar) -> Place:
-    return out / _RECORDS / f"{identity({'format': FORMAT, **asdict(tar), **recipe.fields()})[:24]}.json"
+    return out / RECORDS / "indexed" / f"{identity({'format': FORMAT, **asdict(tar), **recipe.fields()})[:24]}.json"
 
 
 def _records(found: Sequence[Found]) -> tuple[list[ShardRecord], tuple[str, ...]]:
@@ -258,10 +253,8 @@ def _records(found: Sequence[Found]) -> tuple[list[ShardRecord], tuple[str, ...]
     classes = tuple(names.get(label, str(label)) for label in range(largest + 1))
     records = []
     for one in sorted(found, key=lambda one: (SPLITS.index(one.split), one.tar)):
-        labels = Counter(one.labels)
         same = {name: value for name, value in asdict(one).items() if name in _RECORDED}
-        per_class = tuple(labels[label] for label in range(len(classes)))
-        records.append(ShardRecord(name=one.tar, per_class=per_class, unlabelled=labels[NO_LABEL], **same))
+        records.append(ShardRecord(name=one.tar, **same))
     return records, classes
 
 

@@ -5,19 +5,17 @@
     write    one shard and its index: a pure function of (source, recipe, plan), so that any process may do it
     commit   contact sheet, table of shards and, last, the card
 
-Scan and write run over chunks of the source, as Ray tasks where there is more than a little to do. Each leaves a
-record, and an ingest that was killed goes on with what has none. The same images and the same recipe give the same
+Scan and write run over chunks of the source, on Ray where there is more than a little to do. Each leaves a record, and
+an ingest that was killed goes on with what has none. The same images and the same recipe give the same
 bytes, whatever ran where and however often it was killed; without the card, nothing of it is taken for a dataset.
 """
 
-import contextlib
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +23,6 @@ import pyarrow as pa
 from pipelines.cluster import Cluster
 from pipelines.data.card import commit, contact_sheet
 from pipelines.data.manifest import (
-    BEGUN,
     CARD,
     CARD_PAGE,
     FORMAT,
@@ -39,11 +36,12 @@ from pipelines.data.manifest import (
 )
 from pipelines.data.plan import TRAIN, Plan, Scan, own_split, plan_shards
 from pipelines.data.recipe import Recipe, Resize
+from pipelines.data.site import Site
 from pipelines.data.sources import Source, open_source
 from pipelines.data.work import over_chunks
-from pipelines.data.write import DONE, ShardRecord, write_shard, written
+from pipelines.data.write import ShardRecord, write_shard
 from pipelines.errors import UserError
-from pipelines.store import Place, check_writable, identity
+from pipelines.store import Place, identity
 
 Progress = Callable[[int, int], None]
 
@@ -52,9 +50,6 @@ HELD_OUT_SHARE = 0.2
 
 _CHUNK = 1000
 """Images of a chunk of the scan."""
-_SCANNED = "scan"
-"""Folder of the scan's records, while the ingest lasts."""
-_LOCK = "lock"
 _SCAN_COLUMNS = {"content": pa.binary(32), "width": pa.int64(), "height": pa.int64()}
 
 
@@ -77,8 +72,9 @@ def ingest(
     With a cluster, the work is shared out as `over_chunks` says. A source that has a split of its own keeps it,
     whatever `held_out` says (by default 0.2), with a warning where it is said. Every image is visited twice (scan,
     write): `progress(done, total)` counts visits. Where `out` already holds this very dataset nothing is written;
-    where it holds another one that is refused. UserError names what is wrong with the source or the recipe, and then
-    nothing is left in `out`.
+    where it holds another one, or anything else under a name that a dataset has, that is refused. UserError names
+    what is wrong with the source or the recipe. What shows before the first shard is begun leaves nothing new in
+    `out`; later, or where an earlier attempt was stopped, what is finished stays for the next one.
     """
     recipe = Recipe(
         image_size=image_size,
@@ -93,9 +89,12 @@ def ingest(
         raise UserError(f"data.source: {source.name} is a dataset already, which needs no ingest; give its images")
     if Path(source.name).is_dir() and source.kind != "digits" and out.is_within(source.name):
         raise UserError(f"{out} lies inside data.source, whose images are read; name a folder outside of it")
+    if out == Place.of(Path(source.name).parent) and _OURS.fullmatch(Path(source.name).name):
+        raise UserError(f"{out}: data.source lies in it under a name that a dataset has; name another folder")
     if held_out is not None and own_split(source):
         warnings.warn(f"data.held_out: has no effect, for {source.name} has a split of its own", stacklevel=2)
-    return _Ingest(source, out, recipe, cluster, workers, progress or (lambda done, total: None)).run()
+    work = _Ingest(source, out, recipe, cluster, workers, progress or (lambda done, total: None))
+    return work.site.dataset(work.known, work.make)
 
 
 class _Ingest:
@@ -114,25 +113,29 @@ class _Ingest:
         self.over = functools.partial(over_chunks, cluster=cluster, workers=workers)
         self.report = report
         self.total = 2 * len(source)
+        told = {"kind": source.kind, "name": source.name, "fingerprint": source.fingerprint()}
+        self.identity = identity({"format": FORMAT, "source": told, "recipe": recipe.fields()})
+        self.site = Site(out, "ingest", source.name, self.identity, lambda: filter(_OURS.fullmatch, out.list()))
 
-    def run(self) -> Dataset:
-        if (self.out / CARD).exists():
-            return self._same_dataset(plan_shards(self.source, self._scan(None), self.recipe))
-        existed = self.out.exists()
-        check_writable(self.out)
-        with alone(self.out):
-            self._begin()
-            try:
-                scan = self._scan(self.out / _SCANNED)
-                plan = plan_shards(self.source, scan, self.recipe)
-            except UserError:
-                self._withdraw(existed)
-                raise
-            _tell(self.source, plan)
-            self._clear(plan)
-            dataset = self._commit(plan, self._write(plan))
-            self._clean()
-        return dataset
+    def known(self) -> Dataset:
+        """The dataset that is there, if it is the one asked for."""
+        found = Dataset.open(self.out)
+        asked = {**self.recipe.fields(), "classes": list(self.source.classes)}
+        differs = next((f"other {name}" for name, value in asked.items() if found.card.get(name) != value), None)
+        if differs is None and found.digest != plan_shards(self.source, self._scan(None), self.recipe).digest:
+            differs = f"digest {found.digest[:12]}"
+        if differs is not None:
+            raise UserError(f"{self.out}: another dataset is here ({differs}); name another folder")
+        return found
+
+    def make(self) -> Dataset:
+        """Scan, plan, write and commit, going on with what an earlier attempt has finished of it."""
+        plan = plan_shards(self.source, self._scan(self.site.records / "scan"), self.recipe)
+        _tell(self.source, plan)
+        self.site.claim(name for shard in plan.shards for name in (shard.name, shard.index))
+        records = self._write(plan)
+        self.site.confirm()
+        return self._commit(plan, records)
 
     def _scan(self, notes: Place | None) -> Scan:
         """What every image is; chunks noted by an earlier attempt at the same source and recipe are taken over."""
@@ -140,7 +143,7 @@ class _Ingest:
         chunks = [(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
         parts: dict[tuple[int, int], Scan] = {}
         if notes is not None:
-            notes = notes / self._identity()[:16]
+            notes = notes / self.identity[:16]
             parts = {chunk: part for chunk in chunks if (part := _noted(notes, chunk)) is not None}
         done = sum(last - first for first, last in parts)
         self.report(done, self.total)
@@ -153,22 +156,15 @@ class _Ingest:
         return Scan(np.concatenate([p.contents for p in ordered]), np.concatenate([p.sizes for p in ordered]))
 
     def _write(self, plan: Plan) -> list[ShardRecord]:
-        records = {shard.name: record for shard in plan.shards if (record := self._written(shard)) is not None}
-        missing = [shard for shard in plan.shards if shard.name not in records]
+        records: dict[int, ShardRecord] = {}
         # Images that were dropped as duplicates are not visited again.
-        done = self.total - sum(len(shard.items) for shard in missing)
+        done = self.total - sum(len(shard.items) for shard in plan.shards)
         self.report(done, self.total)
-        for _, record in self.over(functools.partial(write_shard, self.source, self.recipe, self.out), missing):
-            records[record.name] = record
+        for place, record in self.over(functools.partial(write_shard, self.source, self.recipe, self.out), plan.shards):
+            records[place] = record
             done += record.samples
             self.report(done, self.total)
-        return [records[shard.name] for shard in plan.shards]
-
-    def _written(self, shard: Any) -> ShardRecord | None:
-        record = written(self.out, shard)
-        if record is None or (self.out / shard.name).size() != record.bytes or not (self.out / shard.index).exists():
-            return None
-        return record
+        return [records[place] for place in range(len(plan.shards))]
 
     def _commit(self, plan: Plan, records: list[ShardRecord]) -> Dataset:
         shown = [item for shard in plan.shards if shard.split == TRAIN for item in shard.items]
@@ -187,46 +183,6 @@ class _Ingest:
             },
             sheet=sheet,
         )
-
-    def _same_dataset(self, plan: Plan) -> Dataset:
-        found = Dataset.open(self.out)
-        if found.digest != plan.digest:
-            raise UserError(f"{self.out}: another dataset is here (digest {found.digest[:12]}); name another folder")
-        self._clean()
-        return found
-
-    def _identity(self) -> str:
-        """Of source and recipe as they are now."""
-        source = {"kind": self.source.kind, "name": self.source.name, "fingerprint": self.source.fingerprint()}
-        return identity({"format": FORMAT, "source": source, "recipe": self.recipe.fields()})
-
-    def _begin(self) -> None:
-        """Mark the folder as ours: what is in it without the mark is not."""
-        left = [name for name in self.out.list() if _OURS.fullmatch(name)]
-        if left and not (self.out / BEGUN).exists():
-            raise UserError(f"{self.out}: {left[0]} is there and not from an unfinished ingest; name an empty folder")
-        (self.out / BEGUN).write_json({"format": FORMAT})
-
-    def _clear(self, plan: Plan) -> None:
-        """Remove shards of another, unfinished ingest: a reader of train-*.tar would take them for ours."""
-        planned = {name for shard in plan.shards for name in (shard.name, shard.index)}
-        for name in self.out.list():
-            if _OURS.fullmatch(name) and name not in planned:
-                (self.out / name).delete()
-
-    def _clean(self) -> None:
-        """Remove the records: the dataset is there."""
-        for name in (_SCANNED, DONE):
-            (self.out / name).remove()
-
-    def _withdraw(self, existed: bool) -> None:
-        """Leave nothing of an ingest that cannot be."""
-        self._clean()
-        for name in self.out.list():
-            if _OURS.fullmatch(name) or name == BEGUN:
-                (self.out / name).delete()
-        if not existed:
-            self.out.remove()
 
 
 _OURS = re.compile(rf"({'|'.join(SPLITS)})-\d{{6,}}\.(tar|parquet)|{SHARDS}|{SHEET}|{CARD_PAGE}")
@@ -277,19 +233,4 @@ def _tell(source: Source, plan: Plan) -> None:
     if found.between_splits and not found.dropped:
         what += f"; {found.between_splits:,} are in both splits, so that scores flatter the model"
     hint = "dropped, as asked" if found.dropped else "data.drop_duplicates would drop them"
-    warnings.warn(f"{what} ({hint})", stacklevel=4)
-
-
-@contextlib.contextmanager
-def alone(out: Place) -> Iterator[None]:
-    """Hold a folder that is being made a dataset, where it can be held: on S3 two who do the same write the same."""
-    if not out.is_local:
-        yield
-        return
-    lock = out / _LOCK
-    with lock.lock(f"the dataset in {out}"):
-        try:
-            yield
-        finally:
-            # Whoever waits for nothing, as we do not wait either, finds a finished dataset or a new lock.
-            lock.delete()
+    warnings.warn(f"{what} ({hint})", stacklevel=5)

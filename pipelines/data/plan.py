@@ -11,7 +11,6 @@ from pipelines.data.manifest import SPLITS, dataset_digest
 from pipelines.data.recipe import Recipe, is_held_out
 from pipelines.data.sources import Source
 from pipelines.errors import UserError
-from pipelines.store import sha256
 
 TRAIN, HELD_OUT = SPLITS
 _EXAMPLES = 5
@@ -40,12 +39,6 @@ class ShardPlan:
     def index(self) -> str:
         """File name of its index."""
         return self.name.removesuffix(".tar") + ".parquet"
-
-    @property
-    def identity(self) -> str:
-        """Hex sha256 that tells it from any other plan of a shard of this name."""
-        items = np.asarray(self.items, dtype="<i8").tobytes()
-        return sha256(f"{self.name}\n{self.split}\n".encode() + items + b"".join(self.contents))
 
 
 @dataclass(frozen=True)
@@ -114,24 +107,27 @@ def _without_duplicates(
 ) -> tuple[dict[str, list[int]], Duplicates]:
     """The sides with each content once, where that is asked; and what was found.
 
-    A published held-out set stays as it is, so that scores against it mean what they meant elsewhere: of a content in
-    both splits the training copy goes.
+    A published held-out set stays as it is, with the copies in it, so that scores against it mean what they meant
+    elsewhere: of a content in both splits the training copy goes.
     """
     first: dict[bytes, int] = {}
     copies: set[int] = set()
     examples: list[tuple[str, str]] = []
     straddling, differing = set(), set()
     for split in (HELD_OUT, TRAIN):
+        stays = drop and split == HELD_OUT and own_split(source)
         for index in sides[split]:
             content = contents[index]
             known = first.setdefault(content, index)
             if known == index:
                 continue
+            if source.label(known) != source.label(index):
+                differing.add(content)
+            if stays:
+                continue
             copies.add(index)
             if len(examples) < _EXAMPLES:
                 examples.append((source.title(known), source.title(index)))
-            if source.label(known) != source.label(index):
-                differing.add(content)
             if split == TRAIN and (known_split := source.split(known)) is not None and known_split != TRAIN:
                 straddling.add(content)
     found = Duplicates(len(copies), drop, len(straddling), len(differing), tuple(examples))

@@ -1,18 +1,19 @@
-"""Pure tasks over chunks of work: on Ray where there is a cluster and more than a little to do, else here."""
+"""Pure work over chunks: on Ray where there is a cluster and more than a little to do, else here."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, TypeVar
 
 from pipelines.cluster import Cluster
-from pipelines.errors import UserError
+from pipelines.errors import Failed, UserError
 
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
 
 _SECONDS_HERE = 3.0
 """About what Ray takes to start: what is done sooner is done here."""
+_RETRIES = 3
+"""How often a chunk whose process died is tried again."""
 
 
 def over_chunks(
@@ -20,11 +21,12 @@ def over_chunks(
 ) -> Iterator[tuple[int, Result]]:
     """Yield (index of the chunk, result) as they are done.
 
-    With a cluster, what is not done in a few seconds becomes Ray tasks, at most `workers` at a time (by default one a
-    CPU); where their number is said, and is not 1, everything does. UserError for less than 1.
+    With a cluster, what is not done in a few seconds goes to `workers` processes of Ray (by default one a CPU); where
+    their number is said, and is not 1, everything does. UserError for less than 1. The processes end with the work,
+    and with them goes what it has opened there.
 
-    `work` must be a pure function, for Ray runs a chunk again whose process died. Where chunks fail, the error of the
-    first of them is raised, whichever was met first, when those in hand have ended.
+    `work` must be a pure function, for a chunk whose process died is run again; Failed where that is of no use. Where
+    chunks fail, the error of the first of them is raised, whichever was met first, when those in hand have ended.
     """
     if workers is not None and workers < 1:
         raise UserError(f"data.workers: {workers} is not a number of processes; give 1 or more")
@@ -42,43 +44,62 @@ def _on_ray(
     work: Callable[[Chunk], Result], chunks: Sequence[Chunk], cluster: Cluster, workers: int
 ) -> Iterator[tuple[int, Result]]:
     ray = cluster.connect()
+    workers = min(workers, len(chunks))
     # More workers than CPUs share them: what the user asked for, and what shows that the result does not depend on it.
-    call = ray.remote(num_cpus=min(1.0, cluster.cpus() / workers))(_call)
+    cpus = min(1.0, cluster.cpus() / workers)
+    hand = ray.remote(num_cpus=cpus, max_restarts=-1, max_task_retries=_RETRIES)(_Hand)
     shared = (ray.put(work),)  # the source's list of files, say: sent once a host, not once a chunk
+    hands = [hand.remote() for _ in range(workers)]
+    # Chunks go to those that have begun: Ray may have no room for all of them as long as the work lasts.
+    starting = {hand.ready.remote(): hand for hand in hands}
     todo = iter(enumerate(chunks))
-    running: dict[object, int] = {}
+    running: dict[Any, tuple[Any, int]] = {}
     failed: dict[int, BaseException] = {}
+    following = next(todo, None)
     try:
-        while True:
-            while not failed and len(running) < workers and (following := next(todo, None)) is not None:
-                running[call.remote(shared, following[1])] = following[0]
-            if not running:
-                break
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            index = running.pop(ready)
-            try:
-                result = ray.get(ready)
-            except ray.exceptions.RayTaskError as error:
-                failed[index] = error.cause if isinstance(error.cause, Exception) else error
+        while running or (following is not None and not failed):
+            (ready,), _ = ray.wait([*running, *starting], num_returns=1)
+            done = None
+            if ready in starting:
+                hand = starting.pop(ready)
             else:
-                yield index, result
+                hand, index = running.pop(ready)
+                try:
+                    done = index, ray.get(ready)
+                except ray.exceptions.RayTaskError as error:
+                    failed[index] = error.cause if isinstance(error.cause, Exception) else error
+                except ray.exceptions.RayActorError:
+                    failed[index] = Failed(
+                        f"data.workers: a process died {_RETRIES + 1} times over the same images; if memory ran out, "
+                        "give fewer"
+                    )
+            if following is not None and not failed:
+                running[hand.do.remote(shared, following[1])] = hand, following[0]
+                following = next(todo, None)
+            if done is not None:
+                yield done
     finally:
-        for task in running:
-            ray.cancel(task)
+        for hand in hands:
+            ray.kill(hand)
     if failed:
         raise failed[min(failed)]
 
 
-def _call(shared: tuple[Any], chunk: Chunk) -> Any:
-    return _received(shared[0])(chunk)
-
-
-@lru_cache(maxsize=1)
-def _received(work: Any) -> Callable[[Any], Any]:
-    """The work behind a reference, the same object for all chunks that a process does: a source keeps what it has
+class _Hand:
+    """A process that does chunks. It receives the work once, with the first of them: a source keeps what it has
     opened, and to unpack a gzipped array, say, for every chunk anew takes longer than all the rest.
     """
-    import ray
 
-    received: Callable[[Any], Any] = ray.get(work)
-    return received
+    def __init__(self) -> None:
+        self._work: Callable[[Any], Any] | None = None
+
+    def ready(self) -> None:
+        """Answers when the process is there."""
+
+    def do(self, shared: tuple[Any], chunk: Any) -> Any:
+        if self._work is None:
+            import ray
+
+            self._work = ray.get(shared[0])
+        assert self._work is not None
+        return self._work(chunk)

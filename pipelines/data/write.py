@@ -1,28 +1,27 @@
 """Writes one shard and its index: a pure function of (source, recipe, plan), so that any process may do it.
 
-A record of what was written follows, last: a shard that has one is done, and an ingest that goes on leaves it alone.
+A record of what was written follows, last: a shard that has one, and is still what it says, is done.
 """
 
 import hashlib
 import io
 import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data.manifest import INDEX_COLUMNS, content_hash, write_table
+from pipelines.data.manifest import FORMAT, INDEX_COLUMNS, content_hash, write_table
 from pipelines.data.plan import ShardPlan
 from pipelines.data.recipe import Recipe
 from pipelines.data.shards import encode_png, pack
+from pipelines.data.site import RECORDS
 from pipelines.data.sources import NO_LABEL, Source
 from pipelines.errors import UserError
-from pipelines.store import Place, sha256
-
-DONE = "done"
-"""Folder of the records, while the ingest lasts."""
+from pipelines.store import Place, identity, sha256
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,19 @@ class ShardRecord:
     index_sha256: str
     pixel_sum: tuple[int, ...]
     pixel_square_sum: tuple[int, ...]
-    per_class: tuple[int, ...]
-    unlabelled: int
+    labels: Mapping[int, int]
+    """Images of each label that is there, NO_LABEL among them."""
 
 
 def write_shard(source: Source, recipe: Recipe, out: Place, shard: ShardPlan) -> ShardRecord:
-    """Write one shard, its index and its record into `out`. UserError where the source is not what was scanned."""
+    """Write one shard, its index and its record into `out`, unless an earlier attempt has written these very ones.
+
+    UserError where the source is not what was scanned.
+    """
+    file, plan = out / RECORDS / "done" / f"{shard.name}.json", _identity(source, shard)
+    if (record := _finished(file, out, plan)) is not None:
+        return record
+    file.delete()  # what it tells of is about to be written over
     labels = [source.label(index) for index in shard.items]
     sums = Sums(recipe.channels)
     pictures = []
@@ -71,7 +77,6 @@ def write_shard(source: Source, recipe: Recipe, out: Place, shard: ShardPlan) ->
     )
     (out / shard.name).write(data)
     (out / shard.index).write(index_bytes)
-    per_class, unlabelled = count_labels(labels, len(source.classes))
     record = ShardRecord(
         name=shard.name,
         index=shard.index,
@@ -82,31 +87,15 @@ def write_shard(source: Source, recipe: Recipe, out: Place, shard: ShardPlan) ->
         index_sha256=sha256(index_bytes),
         pixel_sum=sums.total,
         pixel_square_sum=sums.squares,
-        per_class=per_class,
-        unlabelled=unlabelled,
+        labels=dict(sorted(Counter(labels).items())),
     )
-    _record(out, shard).write_json({"plan": shard.identity, "record": asdict(record)})
+    file.write_json({"plan": plan, "record": asdict(record)})
     return record
 
 
-def written(out: Place, shard: ShardPlan) -> ShardRecord | None:
-    """The record of a shard that an earlier attempt at this very plan has written; None where there is none."""
-    try:
-        found = _record(out, shard).read_json()
-    except FileNotFoundError:
-        return None
-    if found["plan"] != shard.identity:
-        return None
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in found["record"].items()
-    }
-    return ShardRecord(**fields)
-
-
-def count_labels(labels: Sequence[int], classes: int) -> tuple[tuple[int, ...], int]:
-    """Images of each class, and those without one."""
-    known = np.asarray([label for label in labels if label != NO_LABEL], dtype=np.int64)
-    return tuple(np.bincount(known, minlength=classes).tolist()), len(labels) - len(known)
+def whole_numbers(counts: Mapping[str, Any]) -> dict[int, Any]:
+    """A mapping of labels as it was before JSON made texts of them."""
+    return {int(label): value for label, value in counts.items()}
 
 
 class Sums:
@@ -129,8 +118,36 @@ class Sums:
         return tuple(self._sums[1].tolist())
 
 
-def _record(out: Place, shard: ShardPlan) -> Place:
-    return out / DONE / f"{shard.name}.json"
+def _identity(source: Source, shard: ShardPlan) -> str:
+    """Of all that a shard's bytes depend on: an earlier attempt may have seen other labels, classes or titles."""
+    return identity(
+        {
+            "format": FORMAT,
+            "name": shard.name,
+            "items": shard.items,
+            "contents": [content.hex() for content in shard.contents],
+            "notes": [_describe(source, index) for index in shard.items],
+        }
+    )
+
+
+def _finished(file: Place, out: Place, plan: str) -> ShardRecord | None:
+    """The record in a file, if it is of this plan and its shard and index are there, byte by byte."""
+    try:
+        found = file.read_json()
+        if found["plan"] != plan:
+            return None
+        fields: dict[str, Any] = found["record"]
+        for name in ("pixel_sum", "pixel_square_sum"):
+            fields[name] = tuple(fields[name])
+        record = ShardRecord(**{**fields, "labels": whole_numbers(fields["labels"])})
+        is_whole = (
+            sha256((out / record.name).read()) == record.sha256
+            and sha256((out / record.index).read()) == record.index_sha256
+        )
+    except FileNotFoundError:
+        return None
+    return record if is_whole else None
 
 
 def _describe(source: Source, index: int) -> dict[str, Any]:

@@ -106,3 +106,21 @@ def refused(path: Path, message: str, load: int | None = None) -> None:
     assert str(path) in str(error.value)
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 400 + len(str(path))
+
+
+def files_below(root: Path) -> dict[str, bytes]:
+    """Path and bytes of every file below a folder, hidden ones too; a folder is a path with a slash at its end."""
+    return {
+        path.relative_to(root).as_posix() + "/" * path.is_dir(): b"" if path.is_dir() else path.read_bytes()
+        for path in root.rglob("*")
+    }
+
+
+def stop_at(count: int) -> Callable[[int, int], None]:
+    """A listener of progress that interrupts the work when so much of it is done."""
+
+    def stop(done: int, total: int) -> None:
+        if done >= count:
+            raise KeyboardInterrupt
+
+    return stop

@@ -105,6 +105,9 @@ def test_ingest_twice_is_byte_identical(pictures: Path, make: Ingest) -> None:
     one, two = make(pictures, "one"), make(pictures, "two")
     assert files_of(one.place) == files_of(two.place)
     assert len(one.split("train").shards) > 2
+    for picture in pictures.rglob("*.png"):
+        picture.touch()
+    assert files_of(make(pictures, "three").place) == files_of(one.place)
 
 
 def test_colour_folder_keeps_its_pixels(pictures: Path, make: Ingest) -> None:

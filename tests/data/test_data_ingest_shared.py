@@ -1,5 +1,6 @@
 """Ingest shared out to processes, stopped and gone on with: the same bytes as done alone and at once."""
 
+import functools
 import os
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pipelines.cluster import Cluster
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
 from pipelines.data.work import over_chunks
-from pipelines.errors import UserError
+from pipelines.errors import Failed, UserError
 from pipelines.store import Place
 from tests.data.data_helpers import draw_pictures
 
@@ -119,3 +120,34 @@ def test_a_process_receives_the_work_once_and_not_with_every_chunk(cluster: Clus
     processes = {pid for _, pid in over_chunks(Opened(tmp_path), range(20), cluster, workers=2)}
     arrived = [int(note.name.split("-")[0]) for note in tmp_path.iterdir()]
     assert sorted(arrived) == sorted(processes)
+
+
+def test_processes_end_with_the_work_and_hold_nothing_of_it(cluster: Cluster, tmp_path: Path) -> None:
+    processes = {pid for _, pid in over_chunks(Opened(tmp_path), range(6), cluster, workers=2)}
+    end = time.monotonic() + 30
+    while time.monotonic() < end and any(map(is_running, processes)):
+        time.sleep(0.1)
+    assert not any(map(is_running, processes))
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def die_first(notes: Path, chunk: int) -> int:
+    """Ends its process, the first time that it has a chunk of 3; always for a chunk below 0."""
+    if chunk < 0 or (chunk == 3 and not (notes / "died").exists()):
+        (notes / "died").touch()
+        os._exit(1)
+    return chunk
+
+
+def test_a_chunk_whose_process_died_is_done_again_and_not_for_ever(cluster: Cluster, tmp_path: Path) -> None:
+    work = functools.partial(die_first, tmp_path)
+    assert sorted(over_chunks(work, range(6), cluster, workers=2)) == [(i, i) for i in range(6)]
+    assert (tmp_path / "died").exists()
+    with pytest.raises(Failed, match=r"data\.workers: a process died 4 times over the same images"):
+        list(over_chunks(work, [0, -1, 2], cluster, workers=2))

@@ -29,9 +29,7 @@ class Tars:
         tops = (tar.top for tar in tars)
         self._splits = own_split({n: split_of_file(f"{n}/{top}") for n, top in zip(names, tops, strict=True)})
         self._split_inside = all(tar.split(0) is not None for tar in tars)
-        numbers = {name: label for label, name in enumerate(classes)}
-        self._labels = tuple(tuple(numbers[name] for name in tar.classes) for tar in tars)
-        """Of each tar, the labels that its own ones become."""
+        self._labels = _labels_of(tars, classes)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -43,7 +41,7 @@ class Tars:
     def label(self, index: int) -> int:
         number, position = place(self._ends, index)
         label = self._tars[number].label(position)
-        return NO_LABEL if label == NO_LABEL else self._labels[number][label]
+        return label if label == NO_LABEL or self._labels is None else self._labels[number][label]
 
     def split(self, index: int) -> str | None:
         number, position = place(self._ends, index)
@@ -57,6 +55,14 @@ class Tars:
 
     def fingerprint(self) -> str:
         return fingerprint(self.name, self._names)
+
+
+def _labels_of(tars: Sequence[Archive], classes: tuple[str, ...]) -> tuple[tuple[int, ...], ...] | None:
+    """Of each tar, the labels that its own ones become; None where they are numbers, which stay."""
+    if any(tar.numbered and tar.classes for tar in tars):
+        return None
+    numbers = {name: label for label, name in enumerate(classes)}
+    return tuple(tuple(numbers[name] for name in tar.classes) for tar in tars)
 
 
 def is_tar(name: str) -> bool:
