@@ -74,6 +74,13 @@ class Cluster:
         """CPUs of the whole cluster."""
         return int(self.resource("CPU"))
 
+    def draining(self) -> set[str]:
+        """Hosts of the cluster that are about to leave it, by their ids: preempted, say, or being replaced."""
+        self.connect()
+        from ray._private.state import state  # Ray Train's own preemption watcher reads it there
+
+        return set(state.get_draining_nodes() or {})
+
     def resource(self, name: str) -> float:
         """What the whole cluster has of one of Ray's resources."""
         return float(self.connect().cluster_resources().get(name, 0))

@@ -33,6 +33,8 @@ _STARTUP_FAILURES = 5
 _COLLECTIVE_SECONDS = 120
 _WATCH_SECONDS = 0.25
 _SHIP_SECONDS = 5.0
+_DRAIN_SECONDS = 1.0
+_STOP_SECONDS = 12.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def train(
         _check_resources(spec, cluster)
         tracker.start(run, spec, dataset)
         try:
-            _fit_and_watch(spec, dataset, run, tracker, progress)
+            _fit_and_watch(spec, dataset, run, cluster, tracker, progress)
         except KeyboardInterrupt:
             step = run.checkpoints.latest_step()
             kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
@@ -162,28 +164,52 @@ def _check_resources(spec: Spec, cluster: Cluster) -> None:
             )
 
 
-def _fit_and_watch(spec: Spec, dataset: Dataset, run: Run, tracker: Tracker, progress: Progress) -> None:
-    ended: list[BaseException | None] = []
+def _fit_and_watch(
+    spec: Spec, dataset: Dataset, run: Run, cluster: Cluster, tracker: Tracker, progress: Progress
+) -> None:
+    failures: list[BaseException] = []
+    over = threading.Event()  # not the thread's own word: of one whose `join` was interrupted Python 3.11 says it ended
 
     def work() -> None:
         try:
             fit(spec, dataset, run)
-            ended.append(None)
         except BaseException as error:  # handed to the main thread
-            ended.append(error)
+            failures.append(error)
+        finally:
+            over.set()
 
     (run.place / LIVE).path.unlink(missing_ok=True)
-    thread = threading.Thread(target=work, name="ray-train", daemon=True)
-    thread.start()
-    shipped, told = time.monotonic(), None
-    while thread.is_alive():
-        thread.join(_WATCH_SECONDS)
-        told = _show(run, spec, progress, told)
-        if time.monotonic() - shipped > _SHIP_SECONDS:
-            tracker.ship(run, spec, dataset)
-            shipped = time.monotonic()
-    if ended[0] is not None:
-        raise _explained(ended[0])
+    attempt = run.newest_attempt()
+    threading.Thread(target=work, name="ray-train", daemon=True).start()
+    shipped = looked = time.monotonic()
+    leaving, told = set(cluster.draining()), None
+    try:
+        while not over.wait(_WATCH_SECONDS):
+            told = _show(run, spec, progress, told)
+            if time.monotonic() - shipped > _SHIP_SECONDS:
+                tracker.ship(run, spec, dataset)
+                shipped = time.monotonic()
+            if time.monotonic() - looked > _DRAIN_SECONDS:
+                if more := cluster.draining() - leaving:
+                    progress.say(f"{counted(len(more), 'host')} will leave the cluster: a checkpoint is written now")
+                    leaving |= more
+                    run.ask("checkpoint")
+                looked = time.monotonic()
+    except KeyboardInterrupt:
+        if run.newest_attempt() > attempt:  # else no worker has begun, and there is nothing to keep
+            _stop(run, over, progress)
+        raise
+    if failures:
+        raise _explained(failures[0])
+
+
+def _stop(run: Run, over: threading.Event, progress: Progress) -> None:
+    """Have the workers stop after the step in hand, with a checkpoint; for so long they are waited for."""
+    progress.say("stopping after this step, with a checkpoint; interrupt again to leave without")
+    end = time.monotonic() + _STOP_SECONDS
+    run.ask("stop")
+    while not over.wait(0.5) and time.monotonic() < end:
+        run.ask("stop")  # again: a checkpoint may have been asked for, and the answer to that deletes both
 
 
 def _show(run: Run, spec: Spec, progress: Progress, told: str | None) -> str | None:

@@ -32,8 +32,11 @@ from pipelines.train.images import TrainingImages
 from pipelines.train.initial import first_weights
 from pipelines.train.recorder import QUARTILES, Recorder
 from pipelines.train.reduce import SlotGradients
-from pipelines.train.run import Run, environment
+from pipelines.train.run import Ask, Run, environment
 from pipelines.train.state import State
+
+_ASKS: tuple[Ask | None, ...] = (None, "checkpoint", "stop")
+_LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ Hook = Callable[["Trainer"], None]
 def train(
     spec: Spec, dataset: Dataset, run: Run, world: World | None = None, at_checkpoint: Hook | None = None
 ) -> Outcome:
-    """Train from the last checkpoint that verifies (or the start) to `spec.train.images`.
+    """Train from the last checkpoint that verifies (or the start) to `spec.train.images`, or until `Run.ask` stops it.
 
     `at_checkpoint` is called on every rank after each checkpoint. Raises DamageError where data is damaged, Failed
     where the training diverged.
@@ -70,14 +73,17 @@ def train(
     try:
         with trainer.stream() as stream:
             while trainer.step < spec.train.total_steps:
-                trainer.take_step(stream)
+                asked = trainer.take_step(stream)
+                last = trainer.step == spec.train.total_steps
                 if trainer.step in snapshots:
                     trainer.save_snapshot()
-                if trainer.step % spec.train.checkpoint_every == 0 or trainer.step == spec.train.total_steps:
+                if asked or last or trainer.step % spec.train.checkpoint_every == 0:
                     trainer.save()
                     if at_checkpoint is not None:
                         trainer.recorder.settle()
                         at_checkpoint(trainer)
+                if asked == "stop":
+                    break
     except BaseException:
         with contextlib.suppress(Exception):  # what is being written is worth waiting for
             trainer.recorder.settle()
@@ -107,6 +113,7 @@ class Trainer:
             self._module = DistributedDataParallel(self.model)
             self._module.register_comm_hook(None, self._gradients.hook)
         self._boundaries = _log_snr_quartiles(self.process.schedule.log_snr)
+        self._looked_at = 0.0
         self.recorder = Recorder(run, spec.train, self.attempt, self.images, world.rank, world.size)
 
     @property
@@ -121,11 +128,12 @@ class Trainer:
 
     # --- the step ---
 
-    def take_step(self, stream: SlotStream) -> None:
-        """One optimizer step on the next global batch."""
+    def take_step(self, stream: SlotStream) -> Ask | None:
+        """One optimizer step on the next global batch; what is asked of the run meanwhile, the same on all ranks."""
         self.model.train()
         waited = 0.0
         stats = []
+        self._gradients.word = self._asked()
         for slot in self.owned:
             before = time.perf_counter()
             step, of_slot, images, labels = next(stream)
@@ -148,6 +156,17 @@ class Trainer:
         self.recorder.add(torch.stack(stats), exact, {"data_wait_seconds": waited})
         if self.step % self.spec.train.log_every == 0:
             self.recorder.log(self.step)
+        asked = _ASKS[int(self._gradients.heard)]
+        if asked == "checkpoint" and self.world.rank == 0:
+            self.run.forget_asked()
+        return asked
+
+    def _asked(self) -> float:
+        """Rank 0 looks, now and then, and tells the others by the exchange of a step."""
+        if self.world.rank == 0 and time.monotonic() - self._looked_at > _LOOK_SECONDS:
+            self._looked_at = time.monotonic()
+            return float(_ASKS.index(self.run.asked()))
+        return 0.0
 
     def _slot(self, slot: int, images: Any, labels: Any) -> Tensor:
         """Forward and backward of one slot; its statistics, float64 [1 + 2 * quartiles]: loss, then by quartile of the

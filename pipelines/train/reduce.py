@@ -34,6 +34,10 @@ class SlotGradients:
         self._levels: list[Tensor | None] = []
         self.total = torch.zeros(sum(sizes), dtype=torch.float32, device=self._parameters[0].device)
         """Sum over all slots, float32 [P], in the order of the parameters; whole after the last slot's backward."""
+        self.word = 0.0
+        """What this worker has to say to all: it goes with the step's exchange, set before the last slot's backward."""
+        self.heard = 0.0
+        """Sum of all workers' words, the same on all of them, once the last slot's backward is over."""
 
     def add(self) -> None:
         """Take the gradient of a slot out of `.grad` and merge it."""
@@ -50,6 +54,7 @@ class SlotGradients:
         """Take the last slot of a lone worker, which completes the sum."""
         self.total.copy_(self._carry_through(self._take(), 0, self.total.numel()))
         self._levels.clear()
+        self.heard = self.word
 
     def hook(self, group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP communication hook: one bucket of the last slot's gradients, completed to the sum over all slots."""
@@ -62,11 +67,14 @@ class SlotGradients:
         partial = torch.cat(
             [self._carry_through(buffer[at : at + size].float(), offset, size) for offset, size, at in spans]
         )
+        if bucket.is_last():
+            partial = torch.cat((partial, partial.new_tensor([self.word])))
         total = exchange(partial, group)
         for offset, size, at in spans:
             self.total[offset : offset + size] = total[at : at + size]
         if bucket.is_last():
             self._levels.clear()
+            self.heard = float(total[-1])
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(buffer)
         return done

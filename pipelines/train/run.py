@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.data.damage import Damage
 from pipelines.data.manifest import Dataset
@@ -23,6 +23,9 @@ from pipelines.train.journal import Journal
 
 FORMAT = 1
 
+Ask = Literal["checkpoint", "stop"]
+
+_ASKED = "asked"
 _RUNS_NAMED = 5
 
 
@@ -70,7 +73,24 @@ class Run:
             self.place.sweep_temporaries()
             self.checkpoints.place.sweep_temporaries()
             self.checkpoints.snapshots.sweep_temporaries()
+            self.forget_asked()
             yield
+
+    def ask(self, what: Ask) -> None:
+        """Ask who trains the run for a checkpoint at once, or to stop with one."""
+        (self.place / _ASKED).write(what.encode())
+
+    def asked(self) -> Ask | None:
+        """What is asked of who trains the run."""
+        try:
+            word = (self.place / _ASKED).read().decode()
+        except FileNotFoundError:
+            return None
+        return "stop" if word == "stop" else "checkpoint"
+
+    def forget_asked(self) -> None:
+        """What was asked is done, or was asked of an earlier driver's workers."""
+        (self.place / _ASKED).delete()
 
     def claim_attempt(self) -> int:
         """A number higher than every earlier attempt's."""

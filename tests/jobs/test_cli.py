@@ -152,6 +152,9 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(
         process.kill()
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "ddpm: interrupted"
+    last = max(int(step.name) for step in tmp_path.glob("ddpm-store/runs/*/checkpoints/0*"))
+    assert "stopping after this step, with a checkpoint" in said
+    assert f"keeps step {last:,}, the same command goes on from there" in said
     assert "Traceback" not in said
     assert not list(Path("/tmp").glob(f"ddpm-{process.pid}-*"))
     assert not processes_naming(f"ddpm-{process.pid}-")

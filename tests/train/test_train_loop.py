@@ -1,5 +1,7 @@
 """Training is a pure function of spec and data: the same bits for any number of workers, and after any stop."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,36 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     resumed = train(keyed_spec(), dataset, run)
     assert (resumed.step, resumed.attempt) == (outcome.step, 2)
     assert_same_bits(run, alone, outcome.step)
+
+
+def test_all_ranks_stop_at_the_same_step_when_they_are_asked_to(dataset: Dataset, tmp_path: Path) -> None:
+    spec = keyed_spec(train__workers=2, train__images=10**7, train__checkpoint_every=10**6)
+    run = make_run(spec, dataset, tmp_path)
+    config = {"spec": spec.model_dump(mode="json"), "dataset": str(dataset.place), "run": str(run.place)}
+    ranks = torch.multiprocessing.spawn(_rank, (2, [config], str(tmp_path)), nprocs=2, join=False)
+    try:
+        wait_for(lambda: run.newest_attempt() == 1)
+        run.ask("checkpoint")
+        wait_for(lambda: len(run.checkpoints.steps()) == 1)
+        assert run.asked() is None
+        run.ask("stop")
+        wait_for(lambda: ranks.join(timeout=1))
+    finally:
+        for process in ranks.processes:
+            process.kill()
+    _, last = run.checkpoints.steps()
+    assert [row.step for row in run.journal.read(10**9)] == list(range(1, last + 1))
+    # Gone on with to a length that another run has: the same bits.
+    whole = make_run(keyed_spec(train__images=last * 32), dataset, tmp_path / "whole")
+    train(keyed_spec(train__images=last * 32), dataset, whole)
+    assert_same_bits(run, whole, last)
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_longer_run_continues_a_shorter_one(

@@ -90,7 +90,9 @@ def test_a_last_checkpoint_that_cannot_be_written_is_no_clean_end(
 
     with full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        with pytest.raises(Failed, match=r"checkpoint 3 could not be written \(.*File too large.*mend that and run it again"):
+        with pytest.raises(
+            Failed, match=r"checkpoint 3 could not be written \(.*File too large.*mend that and run it again"
+        ):
             train(spec, dataset, run, at_checkpoint=fill)
     assert run.checkpoints.steps() == [1]
     assert train(spec, dataset, run).step == 3
