@@ -39,6 +39,7 @@ from pipelines.data.reader import Reader
 from pipelines.data.recipe import Recipe, Resize
 from pipelines.data.sources import NO_LABEL
 from pipelines.data.sources.paths import own_split, split_of_file, warn_of_labels
+from pipelines.data.sources.tars import is_tar
 from pipelines.data.work import over_chunks
 from pipelines.data.write import ShardRecord
 from pipelines.errors import UserError
@@ -77,7 +78,7 @@ def index(
         shard_images=1,
         resize=resize,
     )
-    names = tars.find(".tar")
+    names = [name for name in tars.find("") if is_tar(name)]
     if not names:
         raise UserError(f"{tars}: there is no .tar below; name a folder of tars, or an s3://bucket/prefix of them")
     for name in names:
