@@ -58,8 +58,8 @@ def list_files(root: Path) -> list[str]:
     """Paths of the files below a folder that are not hidden, sorted, links followed. UserError where it cannot be
     searched.
 
-    A folder is read once, where it lies rather than where a link leads to it: links to what is above would never end,
-    and those to what is beside would multiply the images.
+    A folder is read once, and where it lies rather than where a link leads to it. Links to what they lie in would never
+    end, and those to what is beside would multiply the images: they are passed over.
     """
     files: list[str] = []
     seen: set[tuple[int, int]] = set()
@@ -67,14 +67,15 @@ def list_files(root: Path) -> list[str]:
     waiting = [(False, "")]
     again = others = 0
     while waiting:
-        _, folder = heapq.heappop(waiting)
+        is_link, folder = heapq.heappop(waiting)
         try:
-            status = os.stat(root / folder)
-            if (status.st_dev, status.st_ino) in seen:
+            here = root / folder
+            known = (here.stat().st_dev, here.stat().st_ino)
+            if known in seen or (is_link and here.parent.resolve().is_relative_to(here.resolve())):
                 again += 1
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(root / folder) as entries:
+            seen.add(known)
+            with os.scandir(here) as entries:
                 for entry in entries:
                     if is_hidden(entry.name):
                         continue
@@ -87,9 +88,10 @@ def list_files(root: Path) -> list[str]:
                         others += 1
         except OSError as error:
             raise refused(root / folder, f"cannot be read ({reason(error)}); change its permissions") from None
-    for count, what, why in (again, "link", "to folders that are read already"), (others, "pipe", "or devices"):
-        if count:  # told where `open_source` was called
-            warnings.warn(f"data.source: passed over in {printable(root)}: {counted(count, what)} {why}", stacklevel=4)
+    links = f"{counted(again, 'link')} to folders that are read already or lie above"
+    for count, told in (again, links), (others, f"{counted(others, 'special file')} (a pipe, say)"):
+        if count:
+            warnings.warn(f"data.source: passed over in {printable(root)}: {told}", stacklevel=4)
     return sorted(files)
 
 
