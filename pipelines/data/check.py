@@ -8,9 +8,8 @@ the index where they have its sha256.
 
 import hashlib
 import io
-import json
 import tarfile
-from collections.abc import Callable, Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.data.headers import Member, ReadAt, open_whole, read_headers
+from pipelines.data.index_tar import label_of
 from pipelines.data.manifest import (
     INDEX_COLUMNS,
     SHARDS,
@@ -33,11 +33,11 @@ from pipelines.data.manifest import (
 from pipelines.data.order import Ints
 from pipelines.data.reader import MAX_MEMBER_BYTES
 from pipelines.data.sources import NO_LABEL
+from pipelines.data.sources.files import reason
+from pipelines.data.sources.notes import ENDINGS, LabelError, sample_key
 from pipelines.errors import UserError, one_line
 from pipelines.progress import counted
-from pipelines.store import DamageError, Place
-
-_MAX_NOTE = 2**20
+from pipelines.store import DamageError, Place, StorageError
 
 _MAX_PIXELS = 2**26
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -114,8 +114,8 @@ class _Check:
         """The rows of the index; None, and why is said, where they are not what was written."""
         try:
             data = self.index.read()
-        except OSError as error:
-            self._say(_unread(error), file=self.index)
+        except (OSError, StorageError) as error:
+            self._say(_unread(error, self.index), file=self.index)
             return None
         if hashlib.sha256(data).digest() != self.shard.index_sha256:
             self._say(f"does not match its sha256 in {SHARDS}", file=self.index)
@@ -131,19 +131,22 @@ class _Check:
         return rows
 
     def _check_tar(self, rows: list[Row] | None, contents: NDArray[np.uint8]) -> int:
-        """All that concerns the tar; `contents` is filled in. Returns its size in bytes."""
+        """All that concerns the tar; `contents` is filled in. Returns its size in bytes, 0 where it cannot be read."""
         try:
-            size = self.tar.size()
-            read_at, digest = open_whole(self.tar, size)
-        except OSError as error:
-            self._say(_unread(error))
+            return self._check_members(rows, contents)
+        except (OSError, StorageError) as error:
+            self._say(_unread(error, self.tar))
             return 0
+
+    def _check_members(self, rows: list[Row] | None, contents: NDArray[np.uint8]) -> int:
+        size = self.tar.size()
+        read_at, digest = open_whole(self.tar, size)
         if size != self.shard.bytes:
             how = "is cut short" if size < self.shard.bytes else "is longer than it was"
             self._say(f"{how}: it has {size:,} bytes, {SHARDS} says {self.shard.bytes:,}")
         self.end = size
         lost: dict[int, str] = {}
-        members = list(read_headers(read_at, size, lost.__setitem__))
+        members = [member for member in read_headers(read_at, size, lost.__setitem__) if member.is_plain]
         if size < self.shard.bytes:  # the header of what is cut off promises more than there is
             lost.pop(max(lost, default=-1), None)
         # A header of zeros ends a tar, and is passed over: then what is behind it is no header.
@@ -168,8 +171,12 @@ class _Check:
         contents: NDArray[np.uint8],
     ) -> None:
         places: dict[str, list[tuple[int, int]]] = {}
+        notes: dict[str, dict[str, Member]] = {}
         for member in members:
             places.setdefault(member.name, []).append((member.offset, member.size))
+            key, ending = sample_key(member.name) or ("", "")
+            if ending in ENDINGS:
+                notes.setdefault(key, {})[ending] = member
         listed: set[str] = set()
         for number, row in enumerate(rows):
             name, place = row["member"], (row["offset"], row["size"])
@@ -190,7 +197,7 @@ class _Check:
                 contents[number] = np.frombuffer(content, dtype=np.uint8)
                 if content != row["content"]:
                     self._say("has other pixels than the content hash in the index", name)
-            self._check_label(row, places, read_at)
+            self._check_label(row, notes.get(row["key"], {}), read_at)
         if self.ours:
             for member in members:
                 if member.name.lower().endswith(self.suffixes) and member.name not in listed:
@@ -229,28 +236,31 @@ class _Check:
         try:
             return _decode(data, self.shape) if self.exact else _decode_any(data, name)
         except Exception as error:  # Pillow's decoders raise nearly every kind
-            raise DamageError(f"cannot be decoded: {one_line(error)}") from None
+            raise DamageError(f"cannot be decoded: {reason(error)}") from None
 
-    def _check_label(self, row: Row, places: dict[str, list[tuple[int, int]]], read_at: ReadAt) -> None:
-        """The label of the index against the classes, and against what the sample's own note says."""
+    def _check_label(self, row: Row, notes: Mapping[str, Member], read_at: ReadAt) -> None:
+        """The label of the index against the classes, and against what the sample's own notes say."""
         label, known = row["label"], len(self.classes)
-        if label == NO_LABEL and not self.ours:
-            return  # notes in other people's tars may say anything
         if not NO_LABEL <= label < known:
             self._say(f"has the label {label} in the index, where there are {known} classes", row["member"])
             return
-        names = {str(label), self.classes[label]} if label != NO_LABEL else {str(NO_LABEL)}
-        for suffix, said_by in _NOTES.items():
-            for offset, size in places.get(f"{row['key']}.{suffix}", ())[:1]:
-                if size > _MAX_NOTE:
-                    continue
-                try:
-                    said = said_by(read_at(offset, size))
-                except (ValueError, RecursionError) as error:
-                    self._say(f"cannot be read: {one_line(error)}", f"{row['key']}.{suffix}")
-                    continue
-                if wrong := [value for value in said if value not in names]:
-                    self._say(f"has the label {label} in the index, {wrong[0]} in its {suffix}", row["member"])
+        if not notes:
+            return
+        try:
+            said = label_of(read_at, notes)
+        except LabelError as error:
+            self._say(str(error), notes[error.ending].name)
+            return
+        if said.number == NO_LABEL and said.passed_over and self.ours:
+            for note in notes.values():
+                self._say("cannot be read: its label is no whole number", note.name)
+            return
+        found: int | str = said.number
+        if said.number == label != NO_LABEL and said.name is not None:
+            label, found = self.classes[label], said.name
+        if found != label:
+            where = " and ".join(sorted(notes))
+            self._say(f"has the label {row['label']} in the index, {found} in its {where}", row["member"])
 
 
 def _decode(data: bytes, shape: tuple[int, int, int]) -> Pixels:
@@ -277,20 +287,9 @@ def _decode_any(data: bytes, name: str) -> Pixels:
         return np.asarray(image.convert("RGB"))
 
 
-def _said_by_json(data: bytes) -> list[str]:
-    note = json.loads(data)
-    if not isinstance(note, dict):
-        return []
-    return [str(note[name]) for name in ("label", "class") if isinstance(note.get(name), int | str)]
-
-
-_NOTES: dict[str, Callable[[bytes], list[str]]] = {
-    "json": _said_by_json,
-    "cls": lambda data: [data.decode().strip()],
-}
-
-
-def _unread(error: OSError) -> str:
+def _unread(error: OSError | StorageError, file: Place) -> str:
+    if isinstance(error, StorageError):
+        return str(error).removeprefix(f"{file}").lstrip(": ")
     missing = isinstance(error, FileNotFoundError | NotADirectoryError)
     return "is missing" if missing else f"cannot be read: {error.strerror}"
 

@@ -38,6 +38,7 @@ from pipelines.data.recipe import Recipe, Resize
 from pipelines.data.site import RECORDS, Site
 from pipelines.data.sources import NO_LABEL
 from pipelines.data.sources.paths import own_split, split_of_file, warn_of_labels
+from pipelines.data.sources.tars import is_tar
 from pipelines.data.work import over_chunks
 from pipelines.data.write import ShardRecord, whole_numbers
 from pipelines.errors import UserError
@@ -74,7 +75,7 @@ def index(
         shard_images=1,
         resize=resize,
     )
-    names = tars.find(".tar")
+    names = [name for name in tars.find("") if is_tar(name)]
     if not names:
         raise UserError(f"{tars}: there is no .tar below; name a folder of tars, or an s3://bucket/prefix of them")
     for name in names:

@@ -2,12 +2,10 @@
 
 The tar is read and never changed. A sample is what has one key, by the rule of WebDataset (a member's name up to the
 first dot after its last slash): its picture is the member whose whole ending is a type that is read, its label what
-`.cls` or the `label` of `.json` says. A record of what was found follows the indices, last.
+its notes say (`sources.notes`). A record of what was found follows the indices, last.
 """
 
 import hashlib
-import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,18 +17,14 @@ from pipelines.data.decode import MAX_MEMBER_BYTES, Decoder
 from pipelines.data.headers import Member, ReadAt, open_whole, read_headers
 from pipelines.data.manifest import INDEX_COLUMNS, SPLITS, content_hash, write_table
 from pipelines.data.recipe import Recipe, fit_stored, is_held_out
-from pipelines.data.sources import NO_LABEL
-from pipelines.data.sources.base import MAX_CLASSES
-from pipelines.data.sources.files import printable
+from pipelines.data.sources.files import printable, reason
+from pipelines.data.sources.notes import ENDINGS, NOTE_BYTES, Label, LabelError, read_label, sample_key
 from pipelines.data.write import Sums
-from pipelines.errors import UserError, one_line
+from pipelines.errors import UserError
 from pipelines.store import Place, sha256
 
 INDEX = "index"
 """Folder of the indices."""
-
-_KEY = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)", re.DOTALL)
-_NOTE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Found:
     names: dict[int, str]
     """Of the classes, where the samples say them."""
     unread_labels: int
-    """Of images whose label is there and no number."""
+    """Of images with a label that is there and does not count."""
 
 
 def index_tar(tars: Place, out: Place, recipe: Recipe, tar: Tar) -> list[Found]:
@@ -79,8 +73,11 @@ def index_tar(tars: Place, out: Place, recipe: Recipe, tar: Tar) -> list[Found]:
     for key, member, pixels, data in _decoded(place, read_at, pictures, recipe):
         content = content_hash(pixels)
         split = tar.split or SPLITS[is_held_out(content, recipe.held_out)]
-        label, name, is_read = _label(place, read_at, notes.get(key, {}))
-        unread[split] += not is_read
+        try:
+            label, name, passed_over = label_of(read_at, notes.get(key, {}))
+        except LabelError as error:
+            raise _refused(place, notes[key][error.ending].name, str(error)) from None
+        unread[split] += passed_over
         if name is not None and names[split].setdefault(label, name) != name:
             raise _refused(place, member.name, f"has a label {label} called {name} here, {names[split][label]} before")
         row = (key, member.name, member.offset, member.size, hashlib.sha256(data).digest(), content, label)
@@ -91,7 +88,9 @@ def index_tar(tars: Place, out: Place, recipe: Recipe, tar: Tar) -> list[Found]:
     for split in SPLITS:
         if not columns[split]["key"]:
             continue
-        data, index = write_table(INDEX_COLUMNS, columns[split]), f"{INDEX}/{tar.name[:-4]}.{split}.parquet"
+        # `a.TAR` can lie beside `a.tar`.
+        data = write_table(INDEX_COLUMNS, columns[split])
+        index = f"{INDEX}/{tar.name.removesuffix('.tar')}.{split}.parquet"
         (out / index).write(data)
         labels, counts = np.unique(columns[split]["label"], return_counts=True)
         found.append(
@@ -124,12 +123,18 @@ def _members(place: Place, read_at: ReadAt, size: int) -> tuple[dict[str, Member
     notes: dict[str, dict[str, Member]] = {}
     names: set[str] = set()
     for member in read_headers(read_at, size, damaged):
-        if (match := _KEY.fullmatch(member.name)) is None:
+        key, ending = sample_key(member.name) or ("", "")
+        if ending not in (*ENDINGS, *types):
             continue
-        key, ending = match[1], match[2].lower()
-        if ending in ("cls", "json"):
+        if not member.is_plain:
+            raise _refused(
+                place,
+                member.name,
+                "is a link, a device or sparse, so that its bytes are not there as they are; pack the tar anew, with "
+                "tar's --dereference and --hard-dereference and without --sparse",
+            )
+        if ending in ENDINGS:
             notes.setdefault(key, {})[ending] = member
-        if ending not in types:
             continue
         if member.name in names or key in pictures:
             what = "is there twice" if member.name in names else f"is a second picture of {key}"
@@ -160,37 +165,13 @@ def _decoded(
         try:
             pixels = np.frombuffer(decode(data), dtype=np.uint8).reshape(shape)
         except Exception as error:  # Pillow's decoders raise nearly every kind
-            raise _refused(place, member.name, f"cannot be decoded: {printable(one_line(error))}") from None
+            raise _refused(place, member.name, f"cannot be decoded: {reason(error)}") from None
         yield key, member, pixels, data
 
 
-def _label(place: Place, read_at: ReadAt, notes: Mapping[str, Member]) -> tuple[int, str | None, bool]:
-    """A sample's label, NO_LABEL where there is none; the name of its class, where that is said; and whether what is
-    said of its label could be read.
-    """
-    label, name, is_read = None, None, True
-    for ending, member in sorted(notes.items()):  # of both, `.json` has the last word
-        if member.size > _NOTE_BYTES:
-            continue
-        data = read_at(member.offset, member.size)
-        try:
-            note = int(data) if ending == "cls" else json.loads(data)
-        except (ValueError, RecursionError):
-            is_read = is_read and ending != "cls"
-            continue
-        if ending == "cls":
-            label = note
-        elif isinstance(note, dict):
-            said = note.get("label")
-            is_read = said is None or type(said) is int
-            label = said if type(said) is int else label
-            name = note["class"] if isinstance(note.get("class"), str) else None
-        if label is not None and not NO_LABEL <= label < MAX_CLASSES:
-            raise _refused(
-                place, member.name, f"has the label {label}, which is not from 0 to {MAX_CLASSES - 1}; correct it"
-            )
-    known = label is not None and label != NO_LABEL
-    return (label, name, True) if known and label is not None else (NO_LABEL, None, is_read)
+def label_of(read_at: ReadAt, notes: Mapping[str, Member]) -> Label:
+    """What a sample's notes, by their endings, say of its label. LabelError for one that can be none."""
+    return read_label({e: read_at(m.offset, m.size) if m.size <= NOTE_BYTES else None for e, m in notes.items()})
 
 
 def _refused(place: Place, member: str, problem: str) -> UserError:

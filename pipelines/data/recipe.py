@@ -1,6 +1,7 @@
 """What is made of a source of images: size, channels, shards, and which images are kept from training."""
 
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import Any, Literal
 
 import numpy as np
@@ -59,8 +60,10 @@ def fit_stored(image: Image.Image, image_size: int, channels: int, resize: Resiz
 def _square(image: Image.Image, size: int, channels: int, resize: Resize) -> NDArray[np.uint8]:
     image = image.convert("L" if channels == 1 else "RGB")
     side = min(image.size)
-    if image.size != (size, size):
-        left, top = (image.width - side) / 2, (image.height - side) / 2
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    if side == size:  # by whole pixels, for nothing is to be made up between them
+        image = image.crop((ceil(left), ceil(top), ceil(left) + side, ceil(top) + side))
+    else:
         # Area averaging when shrinking: every pixel of the source counts once, and nothing overshoots.
         kind = resize if resize != "auto" else "area" if size <= side else "lanczos"
         image = image.resize((size, size), _METHODS[kind], box=(left, top, left + side, top + side))

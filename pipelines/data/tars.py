@@ -14,6 +14,7 @@ from pipelines.data.cache import ShardCache
 from pipelines.data.decode import MAX_MEMBER_BYTES, Decode, Decoder
 from pipelines.data.manifest import Split, read_index
 from pipelines.data.order import Ints
+from pipelines.data.sources.files import reason
 from pipelines.store import DamageError, RangeFile
 
 _RUN_BYTES = 8 * 2**20
@@ -76,7 +77,7 @@ class OpenShard:
             try:
                 found[place] = decode(data)
             except Exception as error:  # Pillow's decoders raise nearly every kind
-                bad[place] = self._bad(row, f"cannot be decoded: {error}")
+                bad[place] = self._bad(row, f"cannot be decoded: {reason(error)}")
         return found, bad
 
     def damage(self, bad: Bad) -> DamageError:

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,38 @@ def test_links_are_followed_but_not_in_circles_and_other_files_are_counted(pictu
     assert len(source) == 40
 
 
+def test_links_to_folders_beside_do_not_multiply_the_images(pictures: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    draw_pictures(elsewhere, range(40, 44))
+    for here, there in (("cat", pictures / "dog"), ("dog", pictures / "cat"), ("dog", elsewhere)):
+        for name in "alz":  # before and behind the folders that are there, and more than once
+            (pictures / here / f"{name}-{there.name}").symlink_to(there)
+    (pictures / "aardvark").symlink_to(pictures / "cat")
+    (pictures / "above").symlink_to(tmp_path)
+    with pytest.warns(UserWarning, match=r"passed over in .*: 10 links to folders that are read already or lie above"):
+        source = open_source(str(pictures))
+    assert source.classes == ("cat", "dog")
+    titles = [source.title(i) for i in range(len(source))]
+    own = [f"{('cat', 'dog')[i % 2]}/{i:03d}.png" for i in range(40)]
+    linked = [f"dog/a-elsewhere/{('cat', 'dog')[i % 2]}/{i:03d}.png" for i in range(40, 44)]
+    assert titles == sorted(own + linked)
+
+
+def test_pipes_are_passed_over_and_links_to_nowhere_are_named(pictures: Path) -> None:
+    os.mkfifo(pictures / "cat" / "pipe.png")
+    os.mkfifo(pictures / "pipe.parquet")
+    with pytest.warns(UserWarning, match=r"passed over in .*: 2 special files \(a pipe, say\)"):
+        assert len(open_source(str(pictures))) == 40
+    (pictures / "cat" / "000.png").unlink()
+    (pictures / "cat" / "000.png").symlink_to("nowhere.png")
+    (pictures / "cat" / "002.png").unlink()
+    (pictures / "cat" / "002.png").symlink_to("002.png")
+    source = open_source(str(pictures))
+    for index, name in enumerate(("000", "002")):
+        with pytest.raises(UserError, match=rf"cat/{name}\.png: cannot be read"):
+            source.load(index)
+
+
 def test_fingerprint_follows_the_files(pictures: Path) -> None:
     before = open_source(str(pictures)).fingerprint()
     assert open_source(str(pictures)).fingerprint() == before
@@ -89,6 +122,8 @@ def test_modes_become_grey_or_rgb(tmp_path: Path) -> None:
 
     deep = Image.fromarray(np.full((4, 4), 0x80FF, dtype=np.uint16))
     assert loaded(deep, "deep.png").getpixel((0, 0)) == 0x80
+    steps = Image.fromarray(np.array([[0, 10_000], [10_001, 65_535]], np.uint16))
+    assert list(loaded(steps, "steps.png", transparency=10_000).getdata()) == [0, 255, 39, 255]
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert loaded(clear, "clear.png").getpixel((0, 0)) == (255, 255, 255)
     half = Image.new("LA", (4, 4), (0, 128))
@@ -125,6 +160,17 @@ def test_shrinking_averages_areas_of_the_centre(tmp_path: Path) -> None:
     pixels = recipe(4, 1).pixels(open_source(str(tmp_path)).load(0))[..., 0]
     expected = values[:, 2:10].reshape(4, 2, 4, 2).mean(axis=(1, 3))
     assert np.abs(pixels - expected).max() <= 1
+
+
+@pytest.mark.parametrize("resize", ["auto", "area", "lanczos"])
+@pytest.mark.parametrize("size", [(12, 12), (12, 13), (13, 12), (12, 14), (12, 17), (31, 12)])
+def test_what_has_the_size_is_cropped_and_not_resampled(resize: Any, size: tuple[int, int]) -> None:
+    width, height = size
+    pixels = np.random.default_rng(2).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    made = Recipe(image_size=12, channels=3, held_out=0.5, shard_images=1, resize=resize)
+    left, top = (width - 11) // 2, (height - 11) // 2
+    expected = pixels[top : top + 12, left : left + 12]
+    assert np.array_equal(made.pixels(Image.fromarray(pixels)), expected)
 
 
 def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import lzma
 import struct
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.sources import NO_LABEL, archives, images, open_source
+from pipelines.data.sources import NO_LABEL, images, notes, open_source
 from pipelines.errors import UserError
 from tests.data.data_helpers import noise_picture, png, refused, write_tar, write_zip
 
@@ -182,29 +183,34 @@ def test_a_packed_tar_is_to_be_unpacked_first(tmp_path: Path) -> None:
         refused(tmp_path / "b.tar", "unpack it first")
 
 
-def test_labels_beside_the_images_count_only_if_all_have_one(tmp_path: Path) -> None:
+def test_labels_beside_the_images_count_each_by_itself(tmp_path: Path) -> None:
     def labels(beside: dict[str, bytes], warns: int = 0) -> tuple[tuple[str, ...], list[int]]:
         path = tmp_path / "a.tar"
         write_tar(path, {"a/0.png": PICTURE, "a/1.jpg": b""} | beside)
-        if warns:
-            with pytest.warns(UserWarning, match=rf"not read as labels in .*: {warns} \.cls or \.json files?;"):
-                source = open_source(str(path))
-        else:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             source = open_source(str(path))
+        told = [f"{warns} .cls or .json file{'s' if warns > 1 else ''};"] if warns else []
+        assert [text for w in caught for text in told if text in str(w.message)] == told
+        assert len(caught) == len(told)
         return source.classes, [source.label(i) for i in range(2)]
 
-    nothing = ((), [NO_LABEL] * 2)
     assert labels({"a/0.cls": b"3", "a/1.json": b'{"label": 1}'}) == (("0", "1", "2", "3"), [3, 1])
-    assert labels({"a/0.cls": b"3", "a/0.json": b'{"label": 1}', "a/1.cls": b"0"}) == (tuple("0123"), [3, 0])
-    assert labels({"a/0.cls": b"3"}, warns=1) == nothing
-    for bad in (b"", b"cat", b"-1", b"1.5"):
-        assert labels({"a/0.cls": b"3", "a/1.cls": bad}, warns=2) == nothing
-    for value in (-1, 1.0, True, None, "1", [1]):
-        assert labels({"a/0.cls": b"3", "a/1.json": json.dumps({"label": value}).encode()}, warns=2) == nothing
-    for bad in (b"[]", b"[" * 100_000, b'{"name": 1}', b"\xff", b" " * (archives._LABEL_BYTES + 1)):
-        assert labels({"a/0.cls": b"3", "a/1.json": bad}, warns=2) == nothing
+    assert labels({"a/0.cls": b"3", "a/0.json": b'{"label": 3}', "a/1.cls": b"0"}) == (tuple("0123"), [3, 0])
+    assert labels({"a/0.cls": b"3", "a/0.json": b'{"label": 1}', "a/1.cls": b"0"}, warns=1) == (tuple("0123"), [3, 0])
+    one = (tuple("0123"), [3, NO_LABEL])
+    for none in ({}, {"a/1.cls": b"-1"}, {"a/1.json": b"[]"}, {"a/1.json": b'{"name": 1, "label": null}'}):
+        assert labels({"a/0.cls": b"3"} | none) == one
+    for bad in (b"", b"cat", b"1.5", b"\xff"):
+        assert labels({"a/0.cls": b"3", "a/1.cls": bad}, warns=1) == one
+        assert labels({"a/1.cls": bad}, warns=1) == ((), [NO_LABEL] * 2)
+    for value in (1.0, True, "1", [1]):
+        assert labels({"a/0.cls": b"3", "a/1.json": json.dumps({"label": value}).encode()}, warns=1) == one
+    for bad in (b"[" * 100_000, b"\xff", b" " * (notes.NOTE_BYTES + 1)):
+        assert labels({"a/0.cls": b"3", "a/1.json": bad}, warns=1) == one
+    assert labels({"a/0.cls": b"3", "a/2.cls": b"1", "a/2.json": b"{}"}, warns=2) == one  # beside no image
     write_tar(tmp_path / "a.tar", {"0.png": PICTURE, "0.cls": b"9" * 30})
-    refused(tmp_path / "a.tar", "0.cls: its label is not below 1,048,576")
+    refused(tmp_path / "a.tar", "0.cls: has the label 9+, which is not from 0 to 1048575; correct it")
 
 
 def test_tars_whose_labels_are_of_two_kinds_are_refused(tmp_path: Path) -> None:

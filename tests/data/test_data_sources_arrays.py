@@ -43,6 +43,8 @@ def header(text: str) -> bytes:
         (PIXELS[0], r"shape \[8, 5\] is not that of images; write \[N, H, W\]"),
         (np.zeros((4, 4, 4, 4), np.uint8), r"shape \[4, 4, 4, 4\] is not that of images"),
         (np.zeros((2, 2, 2, 2, 3), np.uint8), "is not that of images"),
+        (np.zeros((9, 7, 3), np.uint8), r"one image, its channels last; write \[1, 9, 7, 3\], or \[9, 7, 3, 1\] where"),
+        (np.zeros((9, 7, 1), np.uint8), r"\[9, 7, 1\] looks like one image"),
         (np.zeros((0, 8, 8), np.uint8), r"no image in shape \[0, 8, 8\]"),
         (np.zeros((2, 0, 8, 3), np.uint8), "no image in shape"),
         (np.array({"an": "object"}), "values are object; save uint8"),
@@ -144,6 +146,14 @@ def test_a_shape_that_can_be_read_both_ways_has_channels_last(tmp_path: Path) ->
         np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
         image = open_source(str(tmp_path / "a.npy")).load(1)
         assert (image.size, image.mode) == (size, mode)
+
+
+def test_one_image_is_one_and_thin_grey_ones_are_many(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    for array, expected in ((pixels[None], [pixels]), (pixels[..., None], list(pixels))):
+        np.save(tmp_path / "a.npy", array)
+        source = open_source(str(tmp_path / "a.npy"))
+        assert [np.asarray(source.load(i)).tolist() for i in range(len(source))] == [p.tolist() for p in expected]
 
 
 def test_records_with_labels_between_them_are_mapped_not_copied(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 
 from pipelines.data.sources import NO_LABEL, Source, open_source
+from pipelines.errors import UserError
 from tests.data.data_helpers import (
     Known,
     Written,
     png,
+    refused,
     write_files,
     write_zip,
 )
@@ -27,6 +30,7 @@ from tests.data.source_kinds import (
     idx,
     npz_keras,
     parquet,
+    tars,
     zip_deflated,
 )
 
@@ -103,19 +107,19 @@ def test_another_process_opens_it_from_the_pickle(tmp_path: Path, write: Kind) -
 
 def test_only_train_and_another_make_a_split(tmp_path: Path) -> None:
     picture = png(KNOWN.pixels[0])
-    cases = {
+    cases: dict[tuple[str, ...], list[str] | None] = {
         ("train/a/1.png", "val/b/1.png", "Testing/1.png"): ["held-out", "train", "held-out"],
         ("Training/1.png", "held-out/1.png"): ["train", "held-out"],
         ("train/a/1.png", "training/b/1.png"): None,
         ("val/a/1.png", "test/b/1.png"): None,
-        ("train/a/1.png", "test/b/1.png", "extra/c/1.png"): None,
-        ("train/a/1.png", "test/b/1.png", "stray.png"): None,
         ("train/a/1.png",): None,
     }
     for number, (names, splits) in enumerate(cases.items()):
         root = tmp_path / str(number)
         write_files(root, dict.fromkeys(names, picture))
-        source = open_source(str(root))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            source = open_source(str(root))
         assert [source.title(i) for i in range(len(source))] == sorted(names)
         assert [source.split(i) for i in range(len(source))] == (splits or [None] * len(names))
         if splits is None:
@@ -123,6 +127,54 @@ def test_only_train_and_another_make_a_split(tmp_path: Path) -> None:
     first = open_source(str(tmp_path / "0"))
     assert first.classes == ("a", "b")
     assert [first.label(i) for i in range(3)] == [NO_LABEL, 0, 1]
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+@pytest.mark.parametrize("extra", ["logo.png", "extra/a/1.png", "unsupervised/1.png"])
+def test_a_published_split_is_kept_whatever_lies_beside_it(tmp_path: Path, extra: str, as_zip: bool) -> None:
+    names = ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", extra)
+    files = {name: png(KNOWN.pixels[i]) for i, name in enumerate(names)}
+    path = tmp_path / ("images.zip" if as_zip else "images")
+    (write_zip if as_zip else write_files)(path, files)
+    with pytest.warns(UserWarning, match=rf"and taken for training: {extra.split('/')[0]} \(beside test, train\)"):
+        source = open_source(str(path))
+    assert source.classes == ("a", "b")
+    found = {source.title(i): (source.split(i), source.label(i)) for i in range(len(source))}
+    assert found == {
+        "train/a/1.png": ("train", 0),
+        "train/b/1.png": ("train", 1),
+        "test/a/1.png": ("held-out", 0),
+        "test/b/1.png": ("held-out", 1),
+        extra: ("train", 0 if "/a/" in extra else NO_LABEL),
+    }
+
+
+def test_images_kept_from_training_by_name_alone_are_not_trained_on_in_silence(tmp_path: Path) -> None:
+    picture = png(KNOWN.pixels[0])
+    write_files(tmp_path / "a", dict.fromkeys(("cat/1.png", "dog/1.png", "test/1.png"), picture))
+    message = r"by name kept from training: test; neither that nor for training: cat, dog; call what is to train on"
+    with pytest.raises(UserError, match=message):
+        open_source(str(tmp_path / "a"))
+    write_files(tmp_path / "b", dict.fromkeys(("bus/1.png", "car/1.png", "train/1.png"), picture))
+    with pytest.warns(UserWarning, match=r"no split, so that none is taken from the names: bus, car \(beside train\)"):
+        source = open_source(str(tmp_path / "b"))
+    assert (source.classes, source.split(0)) == (("bus", "car", "train"), None)
+
+
+def test_several_kinds_in_one_folder_are_refused_by_name(tmp_path: Path) -> None:
+    picture = png(KNOWN.pixels[0])
+    for kind, write in {"Parquet": parquet, "tars": tars, "IDX": idx, "CIFAR": cifar10}.items():
+        (tmp_path / kind).mkdir()
+        path, *_ = write(tmp_path / kind)
+        write_files(path, {"assets/logo.png": picture})
+        refused(
+            path, rf"several kinds of source are in it: {kind} \(.*\), images \(assets/logo\.png\); give a folder or"
+        )
+    parquet(tmp_path / "tars")
+    (tmp_path / "tars" / "set" / "assets" / "logo.png").unlink()
+    refused(
+        tmp_path / "tars", r"several kinds of source are in it: Parquet \(data/.*\), tars \(set/.*\); give a folder"
+    )
 
 
 def test_a_file_of_one_name_in_both_splits_is_two_images(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.sources import NO_LABEL, images, open_source
+from pipelines.errors import UserError
 from tests.data.data_helpers import noise_picture, png, refused
 
 PICTURE = png(noise_picture(0))
@@ -114,6 +115,17 @@ def test_the_split_of_tables_is_in_their_names(tmp_path: Path, names: tuple[str,
         write_table(tmp_path / f"{name}.parquet", image=[PICTURE])
     source = open_source(str(tmp_path))
     assert [source.split(i) for i in range(2)] == splits
+
+
+def test_tables_of_no_split_beside_those_of_one_are_for_training(tmp_path: Path) -> None:
+    for name in ("test-0", "train-0", "unsupervised-0"):
+        write_table(tmp_path / f"{name}.parquet", image=[PICTURE])
+    with pytest.warns(UserWarning, match=r"taken for training: unsupervised-0\.parquet \(beside test-0"):
+        source = open_source(str(tmp_path))
+    assert [source.split(i) for i in range(3)] == ["held-out", "train", "train"]
+    (tmp_path / "train-0.parquet").unlink()
+    with pytest.raises(UserError, match=r"kept from training: test-0\.parquet; neither .*: unsupervised-0\.par"):
+        open_source(str(tmp_path))
 
 
 def test_a_table_beside_images_describes_them(tmp_path: Path) -> None:

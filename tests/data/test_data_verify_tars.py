@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipelines.data.damage import Damage
 from pipelines.data.manifest import Dataset
+from pipelines.data.reader import Reader
 from pipelines.data.verify import verify
 from pipelines.store import Place
 from tests.data.dataset_helpers import (
@@ -187,3 +189,31 @@ def test_pictures_that_are_brought_to_the_size_are_decoded_as_they_are(place: Pl
 
 def sha256_at(place: Place, offset: int, size: int) -> bytes:
     return hashlib.sha256((place / TAR).read()[offset : offset + size]).digest()
+
+
+def test_what_the_disk_does_not_give_is_a_finding_and_the_search_goes_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / TAR).delete()
+    (place.path / TAR).mkdir()  # it can be opened, and reading it fails as a broken disk does
+    small = findings(place)
+    flip(place.path / "train-000002.tar", read_rows(place, "train-000002.parquet")[0]["offset"])
+    monkeypatch.setattr("pipelines.data.headers._WHOLE", 0)
+    large = findings(place)
+    assert len(small) == 1
+    assert len(large) == 3
+    assert small[0].startswith(f"{TAR}: cannot be read: ")
+    assert large[0].startswith(f"{TAR}: cannot be read: ")
+    assert large[1].startswith("train-000002.tar: member ")
+
+
+def test_what_is_said_of_a_broken_picture_has_no_address_in_it(place: Place) -> None:
+    row = read_rows(place, INDEX)[1]
+    data = b"GIF89a".ljust(row["size"], b"\0")
+    patch(place.path / TAR, row["offset"], data)
+    change_index(place, INDEX, lambda rows: rows[1].update(sha256=hashlib.sha256(data).digest()))
+    told: list[Damage] = []
+    Reader(Dataset.open(place).split("train"), on_error="skip", on_damage=told.append).read_all()
+    reason = "cannot be decoded: cannot identify image file"
+    assert [damage.reason for damage in told] == [reason]
+    assert findings(place) == [f"{TAR}: member {row['member']} {reason}"]

@@ -7,7 +7,6 @@ version. Nothing is unpickled, executed or extracted to disk, and sizes are chec
 A new kind is a module with an object as `Source` describes, and a line in `open_source`.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +19,7 @@ from pipelines.data.sources.files import printable, reason, refused
 from pipelines.data.sources.folder import Folder, list_files, open_folder
 from pipelines.data.sources.idx import is_idx, open_idx_file, open_idx_folder
 from pipelines.data.sources.images import MAX_PIXELS, is_image, load_image
-from pipelines.data.sources.paths import is_hidden
-from pipelines.data.sources.tables import is_table, open_table
+from pipelines.data.sources.tables import has_images, is_table, open_table
 from pipelines.data.sources.tars import is_tar, open_tars
 from pipelines.errors import UserError
 
@@ -37,6 +35,8 @@ _FILES: dict[str, Callable[[Path], Source]] = {
 _UNDERSTOOD = (
     f"a folder of images, a file ({', '.join(_FILES)} or IDX), a folder of Parquet, tars, IDX or CIFAR, or `digits`"
 )
+_DATASET = {"dataset.json", "shards.parquet"}
+"""What is a dataset already is no mixture: an ingest refuses it as what it is."""
 
 
 def open_source(source: str) -> Source:
@@ -60,21 +60,29 @@ def open_source(source: str) -> Source:
 
 
 def _open_directory(root: Path) -> Source:
-    with os.scandir(root) as entries:
-        files = {entry.name for entry in entries if not is_hidden(entry.name) and not entry.is_dir()}
-    if any(is_idx(name) for name in files):
-        return open_idx_folder(root)
-    if is_cifar(files):
-        return open_cifar(root, files)
     below = list_files(root)
-    # Beside images, tables and tars are taken for something about them.
-    if any(is_image(name) for name in below):
+    here = [name for name in below if "/" not in name]
+    pictures, tables = [n for n in below if is_image(n)], [n for n in below if is_table(n)]
+    if pictures and not any(has_images(root / name) for name in tables):
+        tables = []  # they are about the pictures
+    kinds = {
+        "IDX": [name for name in here if is_idx(name)],
+        "CIFAR": here if is_cifar(here) else [],
+        "Parquet": tables,
+        "tars": [name for name in below if is_tar(name)],
+        "images": pictures,
+    }
+    found = {kind: names for kind, names in kinds.items() if names}
+    if len(found) > 1 and not set(here) >= _DATASET:
+        told = ", ".join(f"{kind} ({names[0]}{', ...' if names[1:] else ''})" for kind, names in found.items())
+        raise refused(root, f"several kinds of source are in it: {told}; give a folder or a file of one kind")
+    if pictures or not found:
         return open_folder(root, below)
-    if tables := [name for name in below if is_table(name)]:
-        return open_table(root, tables)
-    if tars := [name for name in below if is_tar(name)]:
-        return open_tars(root, tars)
-    return open_folder(root, below)
+    if "IDX" in found:
+        return open_idx_folder(root)
+    if "CIFAR" in found:
+        return open_cifar(root, here)
+    return open_table(root, tables) if tables else open_tars(root, found["tars"])
 
 
 def _open_file(path: Path) -> Source:

@@ -1,25 +1,24 @@
 """A zip or a tar of image files, read by random access. Nothing is extracted.
 
 The members are taken as the files of a folder would be, after one top-level folder that has all images is stripped.
-In the WebDataset layout an image's label is in the file beside it: `KEY.cls`, an integer, or `KEY.json`, whose
-`label` is one.
+In the WebDataset layout an image's label is in the notes beside it, `KEY.cls` or `KEY.json` (`notes`).
 """
 
-import json
 import re
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from pipelines.data.sources.base import MAX_CLASSES, NO_LABEL, numbered_classes
+from pipelines.data.sources.base import NO_LABEL, numbered_classes
 from pipelines.data.sources.files import check_text, fingerprint, read_at, refused, unreadable, zip_data_offset
 from pipelines.data.sources.images import SUFFIXES, check_image_bytes, decode_image, is_image
+from pipelines.data.sources.notes import ENDINGS, NOTE_BYTES, Label, LabelError, read_label
 from pipelines.data.sources.paths import Layout, is_hidden, no_image, read_layout, warn_of_labels, warn_passed_over
 from pipelines.errors import UserError
 
@@ -27,9 +26,10 @@ _PACKED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz|tzst)", r
 _PACKERS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 """How gzip, bzip2, xz and zstd begin."""
 
-_LABEL_SUFFIXES = (".cls", ".json")
-_LABEL_BYTES = 2**20
-"""A larger file beside an image is not read for its label."""
+_NOTES = tuple(f".{ending}" for ending in ENDINGS)
+
+_CHUNK = 2**20
+"""Whole blocks of a tar that are looked at, at a time, for what is behind its end."""
 
 OR_LINKS = ", or which are links"
 
@@ -80,8 +80,9 @@ class Archive:
         """The folder that has all images and is not part of their titles; empty where there is none."""
         self._stripped = stripped
         self.passed_over = passed_over
-        self.unread_labels = unread_labels
         """Files that are neither images nor their labels."""
+        self.unread_labels = unread_labels
+        """Images with a label beside them that does not count."""
         self.numbered = numbered
         """Whether labels are numbers of files beside the images, and the classes named by them."""
 
@@ -126,7 +127,7 @@ def open_archive(path: Path, strip: bool = True, quiet: bool = False) -> Archive
             parts = [part for part in member.name.split("/") if part not in ("", ".")]
             if any(is_hidden(part) for part in parts if part != ".."):
                 continue
-            if regular and member.name.lower().endswith((*_LABEL_SUFFIXES, *SUFFIXES)):
+            if regular and member.name.lower().endswith((*_NOTES, *SUFFIXES)):
                 _check(path, member, parts)
                 # Of several members of one name the last counts, as in unpacking.
                 listed["/".join(parts)] = member._replace(name="/".join(parts))
@@ -145,14 +146,18 @@ def open_archive(path: Path, strip: bool = True, quiet: bool = False) -> Archive
     tops = {name.partition("/")[0] if "/" in name else None for name in names}
     stripped = len(names[0].partition("/")[0]) + 1 if strip and len(tops) == 1 and None not in tops else 0
     layout = read_layout([name[stripped:] for name in names])
-    labels = _labels_beside(path, members, listed)
-    unread_labels = len(listed) - len(members) if labels is None else 0
-    if labels is not None:
+    beside, orphans = _labels_beside(path, members, listed)
+    said = [label for label in beside if label is not None]
+    # Sample by sample; but folders that say the class of every image are not given up for notes of some.
+    numbered = any(label.number != NO_LABEL for label in said) and (not layout.classes or len(said) == len(members))
+    unread_labels = orphans + sum(label.passed_over or (label.number != NO_LABEL and not numbered) for label in said)
+    if numbered:
+        labels = [NO_LABEL if label is None else label.number for label in beside]
         layout = layout._replace(classes=numbered_classes([np.array(labels)]), labels=tuple(labels))
     if not quiet:
         warn_passed_over(passed_over, path, OR_LINKS)
         warn_of_labels(unread_labels, path)
-    return Archive(kind, path, members, layout, stripped, labels is not None, passed_over, unread_labels)
+    return Archive(kind, path, members, layout, stripped, numbered, passed_over, unread_labels)
 
 
 def _zip_members(path: Path) -> Iterator[tuple[Member, bool]]:
@@ -175,23 +180,45 @@ def _zip_members(path: Path) -> Iterator[tuple[Member, bool]]:
 
 
 def _tar_members(path: Path) -> Iterator[tuple[Member, bool]]:
-    """Files of a tar by its headers, and whether each is a regular one."""
-    with tarfile.open(path, "r:", encoding="utf-8") as file:
-        before = -1
-        while (info := file.next()) is not None:
-            file.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-            if info.offset_data <= before or info.size < 0:
-                raise tarfile.ReadError("its members overlap")
-            before = info.offset_data
-            if not info.isdir():
-                member = Member(info.name, info.offset_data, info.size, info.size)
-                yield member, info.isreg() and not info.issparse()
-        # A damaged header ends the listing in silence; so does the end of a copy that was cut off between members.
-        end = read_at(path, file.offset, tarfile.BLOCKSIZE)
-        if end.strip(b"\0"):
-            raise tarfile.ReadError("a header is damaged")
-        if len(end) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("its end is missing")
+    """Files of a tar, and of those joined to it, by their headers, and whether each is a regular one."""
+    begins = 0
+    with path.open("rb") as stream:
+        while True:
+            stream.seek(begins)
+            with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as file:
+                yield from _up_to_its_end(file)
+                ends = file.offset
+            # A damaged header ends the listing in silence; so does the end of a copy that was cut off between members.
+            end = read_at(path, ends, tarfile.BLOCKSIZE)
+            if end.strip(b"\0"):
+                raise tarfile.ReadError("a header is damaged")
+            if len(end) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("its end is missing")
+            # So does a header that was lost to zeros: it looks like the end of a tar that another was joined to.
+            if (behind := _behind_zeros(stream, ends)) is None:
+                return
+            begins = behind
+
+
+def _up_to_its_end(file: tarfile.TarFile) -> Iterator[tuple[Member, bool]]:
+    before = -1
+    while (info := file.next()) is not None:
+        file.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+        if info.offset_data <= before or info.size < 0:
+            raise tarfile.ReadError("its members overlap")
+        before = info.offset_data
+        if not info.isdir():
+            yield Member(info.name, before, info.size, info.size), info.isreg() and not info.issparse()
+
+
+def _behind_zeros(stream: IO[bytes], offset: int) -> int | None:
+    """Where the first block from `offset` on begins that is not all zeros; None where there is none."""
+    stream.seek(offset)
+    while chunk := stream.read(_CHUNK):
+        if rest := chunk.lstrip(b"\0"):
+            return offset + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        offset += len(chunk)
+    return None
 
 
 def _check(path: Path, member: Member, parts: Sequence[str]) -> None:
@@ -227,30 +254,21 @@ def _read(path: str | Path, member: Member) -> bytes:
     return data
 
 
-def _labels_beside(path: Path, members: Sequence[Member], listed: dict[str, Member]) -> list[int] | None:
-    """Labels in the WebDataset layout, one for each image; None unless every image has one."""
-    beside: list[Member] = []
-    for member in members:
-        stem = member.name[: member.name.rfind(".")]
-        found = next((listed[stem + suffix] for suffix in _LABEL_SUFFIXES if stem + suffix in listed), None)
-        if found is None or max(found.size, found.packed) > _LABEL_BYTES:
-            return None
-        beside.append(found)
-    labels = []
-    for member in beside:
-        label = _parse_label(member.name, _read(path, member))
-        if label is None:
-            return None
-        if label >= MAX_CLASSES:
-            raise refused(f"{path}: {member.name}", f"its label is not below {MAX_CLASSES:,}; correct it")
-        labels.append(label)
-    return labels
+def _labels_beside(path: Path, members: Sequence[Member], listed: dict[str, Member]) -> tuple[list[Label | None], int]:
+    """What the notes beside each image say, None where there are none; and how many notes are beside no image."""
+    notes: dict[str, dict[str, Member]] = {}
+    for name, member in listed.items():
+        stem, _, ending = name.rpartition(".")
+        if ending.lower() in ENDINGS:
+            notes.setdefault(stem, {})[ending.lower()] = member
+    stems = [member.name.rpartition(".")[0] for member in members]
+    labels = [_label(path, notes[stem]) if stem in notes else None for stem in stems]
+    return labels, sum(len(notes[stem]) for stem in notes.keys() - set(stems))
 
 
-def _parse_label(name: str, data: bytes) -> int | None:
-    """A label of 0 or more, None where there is none."""
+def _label(path: Path, notes: dict[str, Member]) -> Label:
+    small = {ending: max(member.size, member.packed) <= NOTE_BYTES for ending, member in notes.items()}
     try:
-        value = int(data) if name.endswith(".cls") else json.loads(data)["label"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return value if type(value) is int and value > NO_LABEL else None
+        return read_label({e: _read(path, member) if small[e] else None for e, member in notes.items()})
+    except LabelError as error:
+        raise refused(f"{path}: {notes[error.ending].name}", str(error)) from None

@@ -133,6 +133,13 @@ def _check_images(header: Header, size: int, called: str) -> None:
         fix = " (floats in 0..1: multiply by 255, round and convert)" if header.dtype.kind == "f" else ""
         raise refused(called, f"values are {header.dtype}; save uint8, 0..255, instead{fix}")
     check_stack(header.shape, called)
+    if len(header.shape) == 3 and header.shape[2] in (1, 3):
+        height, width, channels = header.shape
+        raise refused(
+            called,
+            f"shape {list(header.shape)} looks like one image, its channels last; write [1, {height}, {width}, "
+            f"{channels}], or [{height}, {width}, {channels}, 1] where it is {height:,} grey ones",
+        )
     if size != header.length + math.prod(header.shape):
         raise unreadable(
             called,

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,9 @@ from pipelines.errors import UserError, one_line
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Of a zip's member: signature, then the lengths of its name and of its extra field."""
 
+_OBJECT = re.compile(r" ?<[^<>]* at 0x[0-9a-fA-F]+>")
+"""An object of Python in a message, by where it is in memory."""
+
 
 def printable(name: object) -> str:
     """A name as one line without control characters, which an archive may put into its members' names."""
@@ -18,8 +22,9 @@ def printable(name: object) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one printable line; without the file, which the message names already."""
-    return printable(getattr(error, "strerror", None) or one_line(error))
+    """What went wrong, in one printable line, the same in every process; without the file, which the message names
+    already."""
+    return _OBJECT.sub("", printable(getattr(error, "strerror", None) or one_line(error)))
 
 
 def refused(called: object, problem: str) -> UserError:

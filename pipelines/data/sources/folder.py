@@ -1,6 +1,8 @@
 """A folder of image files."""
 
+import heapq
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,9 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.data.sources.files import check_text, fingerprint, reason, refused
+from pipelines.data.sources.files import check_text, fingerprint, printable, reason, refused
 from pipelines.data.sources.images import is_image, load_image
 from pipelines.data.sources.paths import Layout, is_hidden, no_image, read_layout, warn_passed_over
+from pipelines.progress import counted
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,54 @@ class Folder:
 
 
 def list_files(root: Path) -> list[str]:
-    """Paths below a folder that are not hidden, sorted, links followed. UserError where it cannot be searched."""
+    """Paths of the files below a folder that are not hidden, sorted, links followed. UserError where it cannot be
+    searched.
 
-    def refuse(error: OSError) -> None:
-        raise refused(error.filename, f"cannot be read ({reason(error)}); change its permissions")
-
-    files = []
-    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
-        here = Path(folder).resolve()
-        # A link to where it lies, or to above, would never end.
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not is_hidden(name) and not here.is_relative_to((Path(folder) / name).resolve())
-        ]
-        below = Path(folder).relative_to(root)
-        files += [(below / name).as_posix() for name in names if not is_hidden(name)]
+    A folder is read once, and where it lies rather than where a link leads to it. Links to what they lie in would never
+    end, and those to what is beside would multiply the images: they are passed over.
+    """
+    files: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    # Links last, and each by its name: what a folder is called must not depend on the order of the file system.
+    waiting = [(False, "")]
+    again = others = 0
+    while waiting:
+        is_link, folder = heapq.heappop(waiting)
+        try:
+            here = root / folder
+            known = (here.stat().st_dev, here.stat().st_ino)
+            if known in seen or (is_link and here.parent.resolve().is_relative_to(here.resolve())):
+                again += 1
+                continue
+            seen.add(known)
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        continue
+                    name, what = f"{folder}/{entry.name}" if folder else entry.name, _what_is(entry)
+                    if what == "folder":
+                        heapq.heappush(waiting, (entry.is_symlink(), name))
+                    elif what == "file":
+                        files.append(name)
+                    else:
+                        others += 1
+        except OSError as error:
+            raise refused(root / folder, f"cannot be read ({reason(error)}); change its permissions") from None
+    links = f"{counted(again, 'link')} to folders that are read already or lie above"
+    for count, told in (again, links), (others, f"{counted(others, 'special file')} (a pipe, say)"):
+        if count:
+            warnings.warn(f"data.source: passed over in {printable(root)}: {told}", stacklevel=4)
     return sorted(files)
+
+
+def _what_is(entry: os.DirEntry[str]) -> str:
+    """`folder`, `file`, or `other`: a pipe, say, which would never end. A link to nowhere is named when it is read."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() or not os.path.exists(entry.path) else "other"
+    except OSError:  # a link to itself
+        return "file"
 
 
 def open_folder(root: Path, files: Sequence[str]) -> Folder:
@@ -78,4 +112,6 @@ def open_folder(root: Path, files: Sequence[str]) -> Folder:
         raise no_image(root)
     check_text(images, root)
     warn_passed_over(len(files) - len(images), root)
-    return Folder(str(root), tuple(images))
+    folder = Folder(str(root), tuple(images))
+    _ = folder.classes  # its paths are looked at now: what is wrong with them is told at opening, and once
+    return folder

@@ -98,7 +98,7 @@ def _named(folder: Path) -> list[File]:
 
 
 def _open(path: Path, images: Sequence[File], files: Sequence[File]) -> Stacks:
-    splits = own_split({file.role: _ROLES.get(file.role) for file in images}) or {}
+    splits = own_split({file.path.name: _ROLES.get(file.role) for file in images}) or {}
     parts, read = [], []
     for file in images:
         shape = _read_header(file.path, 3)
@@ -106,7 +106,7 @@ def _open(path: Path, images: Sequence[File], files: Sequence[File]) -> Stacks:
         stack = _stack(file.path, shape)
         beside = next((f for f in files if f.what == "labels" and (f.set, f.role) == (file.set, file.role)), None)
         labels = _labels(beside.path, shape[0]) if beside else None
-        parts.append(Part(file.path.name, stack, labels, splits.get(file.role)))
+        parts.append(Part(file.path.name, stack, labels, splits.get(file.path.name)))
         read += [file.path, beside.path] if beside else [file.path]
     classes = numbered_classes([part.labels for part in parts if part.labels is not None])
     return Stacks("idx", path, parts, classes, read)

@@ -80,7 +80,11 @@ def upright(image: Image.Image) -> Image.Image:
     """A decoded picture as `load_image` gives it: turned as its EXIF says, mode L or RGB."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        deep = np.asarray(image)
+        pixels = (deep >> 8).astype(np.uint8)
+        if image.has_transparency_data:  # one value is, and no other
+            pixels[deep == image.info["transparency"]] = 255
+        return Image.fromarray(pixels)
     grey = image.mode in ("1", "L", "LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")

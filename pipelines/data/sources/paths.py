@@ -6,7 +6,7 @@ Paths are relative and have forward slashes. The top-level folders are the class
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from pipelines.data.sources.base import NO_LABEL
@@ -15,12 +15,14 @@ from pipelines.data.sources.images import SUFFIXES
 from pipelines.errors import UserError
 from pipelines.progress import counted
 
+TRAIN, HELD_OUT = "train", "held-out"
 SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("test", "testing", "val", "valid", "validation", "held-out", "heldout"), "held-out"),
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("test", "testing", "val", "valid", "validation", "held-out", "heldout"), HELD_OUT),
 }
 """What data sets call their splits, and which of ours that is."""
-
+_NAMED = 5
+"""Parts of a source that a message names."""
 
 _SPLIT_BEGINS = re.compile(rf"({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?![a-z])")
 
@@ -40,13 +42,13 @@ class Layout(NamedTuple):
 
 
 def read_layout(files: Sequence[str]) -> Layout:
-    """Classes, labels and split by path. An image beside the class folders has no label."""
-    tops = {file.partition("/")[0] if "/" in file else "" for file in files}
+    """Classes, labels and split by path. An image beside the class folders has no label. UserError as `own_split`."""
+    tops = [file.partition("/")[0] for file in files]  # of an image beside the folders, itself
     split_of = own_split({top: SPLIT_NAMES.get(top.lower()) for top in tops})
     splits = None
     if split_of is not None:
-        splits = tuple(split_of[file.partition("/")[0]] for file in files)
-        files = [file.partition("/")[2] for file in files]
+        splits = tuple(split_of[top] for top in tops)
+        files = [file.partition("/")[2] or file for file in files]
     folders = [file.partition("/")[0] if "/" in file else None for file in files]
     classes = tuple(sorted({folder for folder in folders if folder is not None}))
     numbers: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
@@ -54,9 +56,28 @@ def read_layout(files: Sequence[str]) -> Layout:
 
 
 def own_split(found: dict[str, str | None]) -> dict[str, str] | None:
-    """The split of each part of a source, given what its name says; None unless all say, and both splits are there."""
+    """The split of each part of a source, given what its name says; None unless both are there.
+
+    Parts that say neither are for training where both are there, and that is told. UserError where some are named as
+    held out and none for training: are the others for training, or are all of them classes?
+    """
     said = {part: split for part, split in found.items() if split is not None}
-    return said if len(said) == len(found) and len(set(said.values())) == 2 else None
+    splits, named, others = set(said.values()), _listed(said), _listed(set(found).difference(said))
+    if others and splits == {HELD_OUT}:
+        raise UserError(
+            f"data.source: by name kept from training: {named}; neither that nor for training: {others}; call what is "
+            "to train on `train`, or rename what is no split"
+        )
+    if others and splits:
+        told = "and taken for training" if len(splits) == 2 else "so that none is taken from the names"
+        warnings.warn(f"data.source: named as no split, {told}: {others} (beside {named})", stacklevel=5)
+    return {part: said.get(part, TRAIN) for part in found} if len(splits) == 2 else None
+
+
+def _listed(parts: Collection[str]) -> str:
+    """Names in a message; empty where there are none."""
+    more = f" and {len(parts) - _NAMED:,} more" if len(parts) > _NAMED else ""
+    return ", ".join(map(printable, sorted(parts)[:_NAMED])) + more
 
 
 def split_of_file(path: str) -> str | None:
@@ -89,10 +110,10 @@ def warn_passed_over(count: int, where: object, also: str = "") -> None:
 
 
 def warn_of_labels(count: int, where: object) -> None:
-    """Say how many labels beside images are not read, if any, and which would be."""
+    """Say how many labels beside images do not count, if any, and which would."""
     if count:
         warnings.warn(
             f"data.source: not read as labels in {printable(where)}: {counted(count, '.cls or .json file')}; labels "
-            "are whole numbers from 0 on (alone in KEY.cls, or `label` in KEY.json), one for each image",
+            "are whole numbers from 0 on beside an image, alone in KEY.cls or else `label` in KEY.json",
             stacklevel=5,
         )

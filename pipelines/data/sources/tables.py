@@ -147,6 +147,16 @@ def is_table(name: str) -> bool:
     return name.lower().endswith(".parquet")
 
 
+def has_images(path: Path) -> bool:
+    """Whether a Parquet file has a column of images, and does not just tell of some. UserError for a damaged one."""
+    schema = _open_parquet(path).schema_arrow
+    try:
+        _image_column(schema, path)
+    except UserError:
+        return False
+    return True
+
+
 def _read_file(folder: Path, called: str) -> File:
     path = folder / called
     file = _open_parquet(path)
