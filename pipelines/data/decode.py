@@ -91,7 +91,7 @@ class Decoder:
             try:
                 opened = Image.open(io.BytesIO(data), formats=formats)
             except UnidentifiedImageError:  # which says where in memory the bytes lie
-                raise ValueError(f"it is no {kind} picture") from None
+                raise ValueError("cannot identify image file") from None
             with opened as image:
                 if self._fit is not None:
                     return self._fitted(image)

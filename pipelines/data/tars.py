@@ -7,7 +7,7 @@ parsed.
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,12 +17,13 @@ from pipelines.data.cache import ShardCache
 from pipelines.data.decode import MAX_MEMBER_BYTES, Decode, Decoder
 from pipelines.data.manifest import Split, read_index
 from pipelines.data.order import Ints
-from pipelines.errors import one_line
+from pipelines.data.sources.files import reason
 from pipelines.s3 import insist, pauses_of
 from pipelines.store import DamageError, RangeFile
 
 _RUN_BYTES = 8 * 2**20
 _Spans = dict[int, tuple[int, int]]  # offset and size of each member, by its place in what is asked for
+_Take = Callable[[Iterable[tuple[int, bytes]]], dict[int, int]]
 _COLUMNS = ("member", "offset", "size", "sha256", "label")
 
 
@@ -51,6 +52,8 @@ class OpenShard:
         self._offsets: Ints = index["offset"].to_numpy()
         self._sizes: Ints = index["size"].to_numpy()
         self._digests: bytes = b"".join(index["sha256"].to_pylist())
+        can_be = (self._offsets >= 0) & (self._sizes > 0) & (self._sizes <= MAX_MEMBER_BYTES)
+        self._is_there = can_be & (self._offsets <= self._shard.bytes - self._sizes)
         self._members = index["member"]
         self._decode: list[Decode | None] = [decoder.of(member) for member in self._members.to_pylist()]
         self._is_damaged = False
@@ -68,25 +71,28 @@ class OpenShard:
         decoders, digests, sha256 = self._decode, self._digests, hashlib.sha256
         places = np.asarray(rows, dtype=np.int64)
         spans: _Spans = dict(enumerate(zip(self._offsets[places].tolist(), self._sizes[places].tolist(), strict=True)))
+        for place in np.flatnonzero(~self._is_there[places]).tolist():
+            bad[place] = self._bad(rows[place], _what_is_wrong(*spans.pop(place), 0))
 
-        def take(place: int, data: bytes) -> bool:
-            """Decode a member; whether it is what the index says."""
-            row = rows[place]
-            if sha256(data).digest() != digests[32 * row : 32 * row + 32]:
-                return False
-            decode = decoders[row]
-            if decode is None:
-                bad[place] = self._bad(row, f"is not of a type that is read ({', '.join(self._decoder.types)})")
-                return True
-            try:
-                found[place] = decode(data)
-            except Exception as error:  # Pillow's decoders raise nearly every kind
-                bad[place] = self._bad(row, f"cannot be decoded: {one_line(error)}")
-            return True
+        def take(members: Iterable[tuple[int, bytes]]) -> dict[int, int]:
+            """Decode members; the sizes, by place, of those that are not what the index says."""
+            wrong = {}
+            for place, data in members:
+                row = rows[place]
+                if sha256(data).digest() != digests[32 * row : 32 * row + 32]:
+                    wrong[place] = len(data)
+                elif (decode := decoders[row]) is None:
+                    bad[place] = self._bad(row, f"is not of a type that is read ({', '.join(self._decoder.types)})")
+                else:
+                    try:
+                        found[place] = decode(data)
+                    except Exception as error:  # Pillow's decoders raise nearly every kind
+                        bad[place] = self._bad(row, f"cannot be decoded: {reason(error)}")
+            return wrong
 
-        wrong = {place: len(data) for place, data in self._read(spans) if not take(place, data)}
+        wrong = take(self._read(spans))
         if wrong and not self._tar.is_local:
-            self._read_again(spans, wrong, take)
+            wrong = self._read_again(spans, wrong, take)
         for place, size in wrong.items():
             bad[place] = self._bad(rows[place], _what_is_wrong(*spans[place], size))
         return found, bad
@@ -107,22 +113,17 @@ class OpenShard:
     def _missing(self) -> DamageError:
         return DamageError(f"{self._tar} is missing")
 
-    def _can_be(self, offset: int, size: int) -> bool:
-        return offset >= 0 and 0 < size <= MAX_MEMBER_BYTES and offset + size <= self._shard.bytes
-
     def _read(self, spans: _Spans) -> Iterator[tuple[int, bytes]]:
-        """(place, bytes) of each member; none of them for one that cannot be where the index has it."""
-        file = self._file
+        """(place, bytes) of each member."""
+        file, read_at = self._file, self._file.read_at
         if not file.gap:
             for place, (offset, size) in spans.items():
-                yield place, file.read_at(offset, size) if self._can_be(offset, size) else b""
+                yield place, read_at(offset, size)
             return
         runs: list[list[int]] = []  # members near each other come by one request
         begin = end = -1
         for place, (offset, size) in sorted(spans.items(), key=lambda item: item[1]):
-            if not self._can_be(offset, size):
-                yield place, b""
-            elif runs and offset - end <= file.gap and offset + size - begin <= _RUN_BYTES:
+            if runs and offset - end <= file.gap and offset + size - begin <= _RUN_BYTES:
                 runs[-1].append(place)
                 end = max(end, offset + size)
             else:
@@ -132,41 +133,32 @@ class OpenShard:
             begin = spans[run[0]][0]
             size = max(sum(spans[place]) for place in run) - begin
             try:
-                data = insist(self._tar, partial(file.read_at, begin, size))
+                data = insist(self._tar, partial(read_at, begin, size))
             except FileNotFoundError:
                 raise self._missing() from None
             for place in run:
                 inside = spans[place][0] - begin
                 yield place, data[inside : inside + spans[place][1]]
 
-    def _read_again(self, spans: _Spans, wrong: dict[int, int], take: Callable[[int, bytes], bool]) -> None:
-        """Take members that are not what they should be from S3, again and again; those that turn out whole leave
-        `wrong`, which has the size that each was found with.
+    def _read_again(self, spans: _Spans, wrong: dict[int, int], take: _Take) -> dict[int, int]:
+        """Take members that are not what they should be from S3, again and again; those that stay so.
 
         A copy on this host may rot, or have made room, and an answer may be garbled on its way: none of it is damage of
         the dataset, which all hosts must see alike. Once something was damaged however long we waited, we wait no more.
         """
-
-        def possible() -> _Spans:
-            return {place: spans[place] for place in wrong if self._can_be(*spans[place])}
-
-        if not possible():
-            return
         if self._cache is not None and not self._file.gap:
-            if any(wrong[place] == size for place, (_, size) in possible().items()):  # else it has made room
+            if any(size == spans[place][1] for place, size in wrong.items()):  # else it has made room
                 self._cache.discard(self._shard)
             self._file = insist(self._tar, self._open_tar)
         for pause in itertools.chain([0.0], pauses_of(self._tar)):
             if not self._is_damaged:
                 time.sleep(pause)
                 self._file = insist(self._tar, self._open_tar)  # its size may have been told wrongly too
-            for place, data in self._read(possible()):
-                wrong[place] = len(data)
-                if take(place, data):
-                    del wrong[place]
-            if not possible():
-                return
+            wrong = take(self._read({place: spans[place] for place in wrong}))
+            if not wrong:
+                return wrong
         self._is_damaged = True
+        return wrong
 
 
 def _what_is_wrong(offset: int, size: int, found: int) -> str:

@@ -153,7 +153,7 @@ def test_missing_and_damaged_indices_are_named(copy: Dataset) -> None:
         ({"offset": 2**40}, "is cut short"),
         ({"offset": 2**63 - 1}, "is cut short"),
         ({"content": "wrong size"}, "cannot be decoded: it is L 9 x 9"),
-        ({"content": "not a png"}, "cannot be decoded: it is no PNG picture;"),
+        ({"content": "not a png"}, "cannot be decoded: cannot identify image file;"),
     ],
 )
 def test_an_index_is_not_trusted(copy: Dataset, changes: dict[str, object], message: str) -> None:
