@@ -7,37 +7,33 @@ Every request has limits in time and is tried again a few times, here and not in
 503 of a proxy for final, and has no limit for an answer that drips.
 """
 
-import atexit
 import contextlib
 import errno
 import os
-import queue
 import random
 import re
-import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 from pipelines.errors import UserError, one_line
-from pipelines.store import TEMPORARY, Place, RangeFile, StorageError
+from pipelines.s3_connection import Abandoned, Endpoint, connect
+from pipelines.store import TEMPORARY, DamageError, Place, RangeFile, StorageError
 
 REQUEST_BYTES = 8 * 2**20
 """Most bytes that are asked for at once."""
 
 _GAP_BYTES = 256 * 2**10  # what a request's delay, some 5 ms, is worth at 50 MB/s
-_FAREWELL_SECONDS = 2.0
 _FINAL = re.compile(
-    r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|HTTP status (?:40[0135]|30\d)"
+    r"AWS Error (?:ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
+    r"|\w+ \(HTTP status (?:40[0135]|30\d)\))"
 )
+_GONE = re.compile(r"AWS Error (?:NO_SUCH_KEY\b|RESOURCE_NOT_FOUND\b|\w+ \(HTTP status 404\))")
 _ADDRESS = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]+)((?:/[^?#]*)?)")
 
 T = TypeVar("T")
@@ -46,7 +42,12 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Patience:
     """How long a request may take and how often it is tried. A dead endpoint is told within about 8 seconds, a silent
-    one within 80, a dripping one within 200."""
+    one within 80, a dripping one within 200. A request that changes something is not given up for silence: a silent
+    endpoint is told as late as a dripping one.
+
+    A listing has as many pages as there are, and pyarrow asks for them at one go: it, and the removal of a prefix, has
+    twice the time at each further attempt, in all 63 times that of a request.
+    """
 
     connect_seconds: float = 5.0
     stall_seconds: float = 10.0
@@ -56,6 +57,12 @@ class Patience:
     attempts: int = 6
     pause_seconds: float = 0.25
     """After the first attempt; twice as long after each further one."""
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds to wait before each attempt but the first."""
+        for attempt in range(self.attempts - 1):
+            # Unlike waits: many workers must not come back at once.
+            yield self.pause_seconds * 2**attempt * random.uniform(0.5, 1)
 
 
 class S3Place(Place):
@@ -118,14 +125,14 @@ class S3Place(Place):
 
     def find(self, suffix: str) -> Sequence[str]:
         selector = fs.FileSelector(self._location, allow_not_found=True, recursive=True)
-        found = self._try("listed", lambda files: files.get_file_info(selector))
+        found = self._try("listed", lambda files: files.get_file_info(selector), None)
         paths = (i.path.removeprefix(f"{self._location}/") for i in found if i.type == fs.FileType.File)
         shown = (path for path in paths if not any(part.startswith(".") for part in path.split("/")))
-        return sorted(path for path in shown if path.endswith(suffix))
+        return sorted(path for path in shown if path.lower().endswith(suffix))
 
     def list(self) -> list[str]:
         selector = fs.FileSelector(self._location, allow_not_found=True)
-        found = self._try("listed", lambda files: files.get_file_info(selector))
+        found = self._try("listed", lambda files: files.get_file_info(selector), None)
         return sorted(info.base_name for info in found if not info.base_name.startswith(TEMPORARY))
 
     def open(self) -> RangeFile:
@@ -142,20 +149,24 @@ class S3Place(Place):
         return bytes(data)
 
     def write(self, data: bytes) -> None:
-        """Commit one object: it appears when all of it has arrived, and a kill before leaves the old one."""
+        """Commit one object: it appears when all of it has arrived, and a kill before leaves the old one.
+
+        Attempts that took too long are waited for, and at last cut off, before this returns. What a server had received
+        whole by then, and carries out later yet, can undo what was written since: pyarrow has no conditional writes.
+        """
 
         def put(files: Any) -> None:
             stream = files.open_output_stream(self._location)
             stream.write(data)  # where this fails, closing fails too: half an object is never completed
             stream.close()
 
-        self._try("written", put, len(data))
+        self._try("written", put, len(data), changes=True)
 
     def delete(self) -> None:
         """Delete this object; nothing happens where there is none. pyarrow keeps a prefix that becomes empty alive
         with an object of its name and a slash, which `list` does not show."""
         with contextlib.suppress(FileNotFoundError):
-            self._try("deleted", lambda files: files.delete_file(self._location))
+            self._try("deleted", lambda files: files.delete_file(self._location), changes=True)
 
     def remove(self) -> None:
         """Delete all objects below this prefix; not at once, so that a reader may find some of them. UserError for a
@@ -163,7 +174,7 @@ class S3Place(Place):
         if not self.key:
             raise UserError(f"storage {self}: a whole bucket is not removed from here; name a prefix in it")
         with contextlib.suppress(FileNotFoundError):
-            self._try("deleted", lambda files: files.delete_dir(self._location))
+            self._try("deleted", lambda files: files.delete_dir(self._location), None, changes=True)
 
     def _file_info(self) -> Any:
         info = self._info()
@@ -174,31 +185,64 @@ class S3Place(Place):
     def _info(self) -> Any:
         return self._try("looked up", lambda files: files.get_file_info(self._location))
 
-    def _try(self, what: str, call: Callable[[Any], T], size: int = 0) -> T:
-        """Run a call on the file system until it succeeds, as often and as long as patience lasts."""
+    def _try(self, what: str, call: Callable[[Any], T], size: int | None = 0, changes: bool = False) -> T:
+        """Run a call on the file system until it succeeds, as often and as long as patience lasts.
+
+        `size` is the bytes that travel, None where nobody knows. One that `changes` something leaves nothing under way.
+        """
         patience = self.patience
-        connection = _connect(_Endpoint.of_environment(), patience.connect_seconds, patience.stall_seconds)
-        limit = patience.request_seconds * max(1, -(-size // REQUEST_BYTES))
-        attempt, pause = 1, patience.pause_seconds
-        while True:
-            try:
-                return connection.run(call, limit)
-            except FileNotFoundError:
-                raise _missing(self) from None
-            except (OSError, pa.ArrowException) as error:
-                final = _FINAL.search(str(error)) is not None
-                if final or attempt >= patience.attempts:
-                    tries = "" if attempt == 1 else f" in {attempt} attempts"
-                    hint = "; check the AWS_ variables" if final else ""
-                    raise StorageError(
-                        f"{self}: could not be {what}{tries}: {_said(error)} ({connection.endpoint}){hint}"
-                    ) from None
-            time.sleep(pause * random.uniform(0.5, 1))  # unlike waits: many workers must not come back at once
-            attempt, pause = attempt + 1, 2 * pause
+        # Who gives up a change does not learn whether it was made: the answer is waited for while another attempt runs.
+        stall = patience.stall_seconds + (patience.request_seconds if changes else 0)
+        connection = connect(Endpoint.of_environment(), patience.connect_seconds, stall)
+        limit = patience.request_seconds * max(1, -(-(size or 0) // REQUEST_BYTES))
+        pauses, abandoned, attempt = patience.pauses(), [], 1
+        try:
+            while True:
+                try:
+                    return connection.run(call, limit)
+                except FileNotFoundError:
+                    raise _missing(self) from None
+                except (OSError, pa.ArrowException) as error:
+                    if isinstance(error, Abandoned):
+                        abandoned.append(error.request)
+                    said = _said(error)
+                    final = _FINAL.match(said) is not None
+                    pause = None if final else next(pauses, None)
+                    if pause is None:
+                        tries = "" if attempt == 1 else f" in {attempt} attempts"
+                        hint = "; check the AWS_ variables" if final else ""
+                        raise StorageError(
+                            f"{self}: could not be {what}{tries}: {said} ({connection.endpoint}){hint}"
+                        ) from None
+                time.sleep(pause)
+                attempt, limit = attempt + 1, limit * (2 if size is None else 1)
+        finally:
+            if changes:
+                connection.settle(abandoned, patience.stall_seconds)
+
+
+def pauses_of(place: Place) -> Iterator[float]:
+    """Seconds to wait before each time that it is worth to read something at a place again: none where it is on this
+    host, whose disk says the same again."""
+    return place.patience.pauses() if isinstance(place, S3Place) else iter(())
+
+
+def insist(place: Place, attempt: Callable[[], T]) -> T:
+    """What `attempt` returns. While it finds damage, or nothing (DamageError, FileNotFoundError), at a place on S3, it
+    is repeated as patiently as a request that fails: one answer of a network proves neither."""
+    pauses = pauses_of(place)
+    while True:
+        try:
+            return attempt()
+        except (DamageError, FileNotFoundError):
+            pause = next(pauses, None)
+            if pause is None:
+                raise
+        time.sleep(pause)
 
 
 class _S3File:
-    """An object that is read by ranges."""
+    """An object that is read by ranges. FileNotFoundError where it has gone meanwhile."""
 
     gap = _GAP_BYTES
 
@@ -209,118 +253,30 @@ class _S3File:
         size = min(size, self._size - offset) if offset >= 0 else 0
         if size <= 0:
             return b""
-        return self._place._try("read", lambda files: self._file.read_at(size, offset), size)
+        return self._place._try("read", lambda files: self._range(files, offset, size), size)
+
+    def _range(self, files: Any, offset: int, size: int) -> bytes:
+        # Where an answer is shorter than what was asked for, pyarrow says nothing and leaves the rest of the memory as
+        # it was, be it what somebody else had there. A mark at the end of it tells.
+        data, mark = bytearray(size), os.urandom(min(16, size))
+        data[-len(mark) :] = mark
+        try:
+            self._file.get_stream(offset, size).readinto(data)
+        except OSError as error:
+            raise _missing(self._place) if self._is_gone(files, _said(error)) else error from None
+        if data.endswith(mark):
+            raise OSError(f"the answer has fewer than the {size} bytes that were asked for")
+        return bytes(data)
+
+    def _is_gone(self, files: Any, said: str) -> bool:
+        # Where fewer bytes were asked for than the answer takes that says so, pyarrow cannot read it.
+        unread = "response stream" in said
+        return _GONE.match(said) is not None or (
+            unread and files.get_file_info(self._place._location).type == fs.FileType.NotFound
+        )
 
     def close(self) -> None:
         """Nothing stays open between requests."""
-
-
-@dataclass(frozen=True)
-class _Endpoint:
-    """Where requests go, and what the connection is made with."""
-
-    url: str | None
-    region: str | None
-    authorities: str | None
-    """File of the certificates that are trusted; by default the system's."""
-
-    @staticmethod
-    def of_environment() -> "_Endpoint":
-        variables = os.environ
-        url = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL") or None
-        region = variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or ("us-east-1" if url else None)
-        if url and not re.fullmatch(r"https?://[^/?#@]+/?", url):
-            raise UserError(f"AWS_ENDPOINT_URL: {url} is not an endpoint; give http://host:port or https://host")
-        return _Endpoint(url, region, variables.get("AWS_CA_BUNDLE") or None)
-
-
-@lru_cache(maxsize=8)
-def _connect(endpoint: _Endpoint, connect_seconds: float, stall_seconds: float) -> "_Connection":
-    return _Connection(endpoint, connect_seconds, stall_seconds)
-
-
-class _Connection:
-    """A file system handle, and the requests that are under way on it."""
-
-    def __init__(self, endpoint: _Endpoint, connect_seconds: float, stall_seconds: float) -> None:
-        self.endpoint = endpoint.url or "AWS"
-        self._address = urlsplit(endpoint.url) if endpoint.url else None
-        self._options: dict[str, Any] = {
-            "region": endpoint.region,
-            "connect_timeout": connect_seconds,
-            "request_timeout": stall_seconds,
-            "retry_strategy": fs.AwsDefaultS3RetryStrategy(max_attempts=0),
-            "allow_delayed_open": True,  # a small object is one request then
-        }
-        if self._address is not None:
-            self._options |= {"endpoint_override": self._address.netloc, "scheme": self._address.scheme}
-        if endpoint.authorities:
-            self._options["tls_ca_file_path"] = endpoint.authorities
-        self._files: Any = None
-        self._making = threading.Lock()
-        self._requests: set[threading.Thread] = set()
-        self._over = False
-        atexit.register(self._cut_off)
-
-    def run(self, call: Callable[[Any], T], seconds: float) -> T:
-        """Run a call in a thread of its own, which is left behind after `seconds`. TimeoutError says so."""
-        outcome: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-        def work() -> None:
-            try:
-                outcome.put((call(self._handle()), None))
-            except BaseException as error:  # raised where it is waited for
-                outcome.put((None, error))
-            finally:
-                self._requests.discard(threading.current_thread())
-
-        if self._over:
-            raise OSError("the process is ending")
-        request = threading.Thread(target=work, name="s3", daemon=True)
-        self._requests.add(request)
-        request.start()
-        try:
-            value, error = outcome.get(timeout=seconds)
-        except queue.Empty:
-            raise TimeoutError(f"no whole answer within {seconds:g} s") from None
-        if error is not None:
-            raise error
-        return value  # type: ignore[return-value]
-
-    def _handle(self) -> Any:
-        # Made in a request's thread: pyarrow lets it wait for the requests of other handles that are under way.
-        with self._making:
-            if self._files is None:
-                self._files = fs.S3FileSystem(**self._options)
-            return self._files
-
-    def _cut_off(self) -> None:
-        """At the end of the process: pyarrow waits there for requests under way, which a dripping answer draws out."""
-        self._over = True
-        if not self._requests or self._address is None or not os.path.isdir("/proc/self/fd"):
-            return
-        port = self._address.port or {"http": 80, "https": 443}[self._address.scheme]
-        with contextlib.suppress(OSError):
-            peers = {info[4][:2] for info in socket.getaddrinfo(self._address.hostname, port)}
-            end = time.monotonic() + _FAREWELL_SECONDS
-            while self._requests and time.monotonic() < end:  # curl tries once more where it had had no answer yet
-                for descriptor in map(int, os.listdir("/proc/self/fd")):
-                    with contextlib.suppress(OSError):  # closed meanwhile
-                        _shut(descriptor, peers)
-                time.sleep(0.01)
-
-
-def _shut(descriptor: int, peers: set[Any]) -> None:
-    """End a connection, if this is one to any of the peers (address, port)."""
-    copy = os.dup(descriptor)
-    try:
-        connection = socket.socket(fileno=copy)
-    except OSError:  # something other than a socket
-        os.close(copy)
-        return
-    with connection, contextlib.suppress(OSError):
-        if connection.getpeername()[:2] in peers:
-            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _missing(place: Place) -> FileNotFoundError:

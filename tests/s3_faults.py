@@ -29,9 +29,13 @@ BUCKET = "bucket"
 HASTE = Patience(connect_seconds=1, stall_seconds=1, request_seconds=1.5, attempts=3, pause_seconds=0.01)
 """Patience for tests: a fault is told in a second or two."""
 
-Fault = Literal["500", "503", "403", "cut", "short", "refuse", "silent", "drip"]
-"""cut: the connection ends in the middle of the body; short: a whole answer with half of the body; refuse: it ends
-without an answer; silent: no answer, the connection stays; drip: a byte now and then."""
+LATE = 1.8
+"""Seconds."""
+
+Fault = Literal["500", "503", "403", "404", "cut", "short", "garbled", "refuse", "silent", "drip", "late"]
+"""cut: the connection ends in the middle of the body; short: a whole answer with half of the body; garbled: one bit of
+the body is another; refuse: it ends without an answer; silent: no answer, the connection stays; drip: a byte now and
+then; late: what was asked for is done, and answered, LATE seconds later."""
 
 
 @contextmanager
@@ -82,12 +86,12 @@ def s3_environment(endpoint: str) -> dict[str, str]:
 class FaultyProxy:
     """Forwards every request to the server at `upstream`, but meets those named in `faults` with a fault first.
 
-    `faults` are used up one a request, in turn; `always` meets every request while it is set. Only requests of
-    `methods` are met. `seen` is the number of requests that came, by method.
+    `faults` are used up one a request, in turn (None: none); `always` meets every request while it is set. Only
+    requests of `methods` are met. `seen` is the number of requests that came, by method.
     """
 
     upstream: int
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[Fault | None] = field(default_factory=list)
     always: Fault | None = None
     methods: frozenset[str] = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE"})
     seen: dict[str, int] = field(default_factory=dict)
@@ -160,6 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "silent":
             over.wait(30)
             self._hang_up()
+        elif fault == "late":
+            time.sleep(LATE)
+            self._answer(*self._upstream(body))
         elif fault is not None and fault.isdigit():
             self._answer(int(fault), {"Content-Type": "application/xml"}, b"<Error><Code>Fault</Code></Error>")
         else:
@@ -199,6 +206,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response_only(status)
         if fault == "short":
             body = body[: len(body) // 2]
+        if fault == "garbled" and body:
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
         length = headers.get("Content-Length") if self.command == "HEAD" else str(len(body))
         for name, value in headers.items():
             if name.lower() not in ("content-length", "transfer-encoding", "connection"):

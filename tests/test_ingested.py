@@ -139,4 +139,5 @@ def test_a_run_skips_damage_and_says_so(cluster: Cluster, made: Dataset, tmp_pat
     done = run_training(spec, session)
     assert done["damaged"] == 100
     (warning,) = [line for line in listener.said if "damaged" in line]
-    assert f"100 damaged training images had others read in their place, row 0 of {lost}" in warning
+    assert f"100 damaged training images of run {done['run']} had others read in their place" in warning
+    assert f"row 0 of {lost} for one" in warning

@@ -156,7 +156,7 @@ def test_a_place_pickles_without_its_connection(root: S3Place) -> None:
 # --- faults ---
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "cut", "refuse"])
+@pytest.mark.parametrize("fault", ["500", "503", "cut", "refuse", "short"])
 def test_passing_faults_are_passed_over(root: S3Place, proxy: FaultyProxy, fault: Any) -> None:
     data = os.urandom(100_000)
     (root / "x").write(data)
@@ -175,7 +175,7 @@ def test_passing_faults_are_passed_over(root: S3Place, proxy: FaultyProxy, fault
     assert (root / "y").read() == data
 
 
-@pytest.mark.parametrize("fault", ["500", "cut", "refuse", "silent", "drip"])
+@pytest.mark.parametrize("fault", ["500", "cut", "refuse", "silent", "drip", "short"])
 def test_a_lasting_fault_is_one_line_in_bounded_time(root: S3Place, proxy: FaultyProxy, fault: Any) -> None:
     (root / "x").write(b"0" * 100_000)
     file = (root / "x").open()

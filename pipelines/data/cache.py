@@ -5,37 +5,49 @@
     lock                 held while room is made
 
 A name appears by a rename after size and sha256 were checked, so a partial download is never taken for a shard. The
-kernel frees a dead process's locks; what it left half done is downloaded anew, or cleared when room is made.
+kernel frees a dead process's locks; what it left half done is downloaded anew, or cleared when room is made. What makes
+room gives it back at once, though others have it open: they find an empty file, and read from where it comes from.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import stat
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.data.manifest import Shard
-from pipelines.errors import UserError
+from pipelines.errors import UserError, one_line
 from pipelines.store import DamageError, LocalFile, Place
+
+STALL_SECONDS = 60.0
+"""How long another process is waited for that has a lock and does nothing."""
+REST_SECONDS = 300.0
+"""How long nothing is downloaded after the folder could not be used."""
 
 _PIECE = 8 * 2**20
 _WHOLE, _PARTIAL = ".tar", ".partial"
 
 
 class ShardCache:
-    """At most `limit_bytes` of shards in a folder; those that were not used for longest make room.
+    """At most `limit_bytes` of shards in a folder; those that were not opened for longest make room, open or not.
 
-    A file that leaves while it is open can be read on, and takes its space until it is closed. UserError where the
-    folder cannot be written.
+    UserError where the folder cannot be written. Where that turns out later, and where a shard is larger than the
+    limit, there is a warning, and shards are read from where they are.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit_bytes: int) -> None:
         self.folder = Path(folder).expanduser().absolute()
         self.limit_bytes = limit_bytes
+        self._rests_until = 0.0
+        self._warned: set[str] = set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "lock").touch()
+            os.close(_open_file(self.folder / "lock", os.O_WRONLY | os.O_CREAT))
         except OSError as error:
             raise UserError(f"cache folder {folder}: cannot write there ({error.strerror})") from None
 
@@ -46,22 +58,31 @@ class ShardCache:
         it is to be read where it is. DamageError where nothing lies there; StorageError where it cannot be reached.
         """
         if shard.bytes > self.limit_bytes:
+            self._warn("size", f"is too small for {tar}, which is read from where it is; raise data.cache.gib")
             return None
         try:
-            while True:
-                if (file := self._open_whole(shard)) is not None:
-                    return file
-                if not self._fetch(tar, shard):
+            while (file := self._open_whole(shard)) is None:
+                if time.monotonic() < self._rests_until or not self._fetch(tar, shard):
                     return None
-        except OSError:  # of our own disk, which may be full, say; training goes on without a cache
+            return file
+        except OSError as error:  # of our own disk, which may be full, say; training goes on without a cache
+            self._rests_until = time.monotonic() + REST_SECONDS
+            why = error.strerror or one_line(error)
+            self._warn("use", f"cannot be used ({why}); for now shards are read from where they are")
             return None
+
+    def _warn(self, kind: str, what: str) -> None:
+        """Say something, once of each kind: shards are many."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"data.cache: {self.folder} {what}", stacklevel=3)
 
     def _fetch(self, tar: Place, shard: Shard) -> bool:
         """Download a shard, or wait for who does; False where it cannot be kept here."""
         whole, partial = self._path(shard, _WHOLE), self._path(shard, _PARTIAL)
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _open_file(partial, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _lock(descriptor, partial)
             if not _is(descriptor, partial):
                 return True  # by now another process has made a whole one of it, or given up
             kept = whole.exists()
@@ -79,7 +100,7 @@ class ShardCache:
 
     def discard(self, shard: Shard) -> None:
         """Forget a shard whose copy turned out damaged."""
-        self._path(shard, _WHOLE).unlink(missing_ok=True)
+        _free(self._path(shard, _WHOLE))
 
     def _path(self, shard: Shard, suffix: str) -> Path:
         return self.folder / f"{shard.sha256.hex()}{suffix}"
@@ -87,7 +108,7 @@ class ShardCache:
     def _open_whole(self, shard: Shard) -> LocalFile | None:
         path = self._path(shard, _WHOLE)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = _open_file(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
         file = LocalFile(str(path), descriptor)
@@ -100,32 +121,76 @@ class ShardCache:
 
     def _make_room(self, descriptor: int, partial: Path, size: int) -> bool:
         """Let the oldest go until `size` more bytes fit, and take them; False where they do not."""
-        with self._lock():
-            files = []
+        with self._alone():
+            held, files = 0, []
             for path in self.folder.iterdir():
                 if path == partial or path.suffix not in (_WHOLE, _PARTIAL):
                     continue
-                if path.suffix == _WHOLE or not _cleared(path):
-                    with contextlib.suppress(FileNotFoundError):
-                        status = path.stat()
+                if path.suffix == _PARTIAL and _cleared(path):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat(follow_symlinks=False)
+                    if path.suffix == _PARTIAL:
+                        held += status.st_size
+                    else:
                         files.append((status.st_mtime_ns, status.st_size, path))
-            taken = sum(bytes_ for _, bytes_, _ in files)
+            if held + size > self.limit_bytes:  # others are downloading, and nothing that could leave would do
+                return False
+            taken = held + sum(bytes_ for _, bytes_, _ in files)
             for _, bytes_, path in sorted(files):
                 if taken + size <= self.limit_bytes:
                     break
-                if path.suffix == _WHOLE:
-                    path.unlink(missing_ok=True)
-                    taken -= bytes_
-            if taken + size > self.limit_bytes:  # others are downloading
-                return False
+                _free(path)
+                taken -= bytes_
             os.ftruncate(descriptor, size)
+            os.posix_fallocate(descriptor, 0, size)  # a full disk says so now, before anything is downloaded
             return True
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        with open(self.folder / "lock", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    def _alone(self) -> Iterator[None]:
+        descriptor = _open_file(self.folder / "lock", os.O_WRONLY | os.O_CREAT)
+        try:
+            _lock(descriptor, self.folder / "lock")
             yield
+        finally:
+            os.close(descriptor)
+
+
+def _open_file(path: Path, flags: int) -> int:
+    """Open a plain file and nothing else: others may write to the folder, and a link would lead out of it."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return descriptor
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Take a file's lock. TimeoutError where who has it has stopped: it has not written to the file for long."""
+    written, end = -1, 0.0
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if (now := os.fstat(descriptor).st_mtime_ns) != written:
+            written, end = now, time.monotonic() + STALL_SECONDS
+        elif time.monotonic() > end:
+            raise TimeoutError(errno.ETIMEDOUT, "another process has it locked, and does nothing", str(path))
+        time.sleep(0.01)
+
+
+def _free(path: Path) -> None:
+    """Delete a file, and give back its room though others have it open, unless it has another name elsewhere."""
+    try:
+        descriptor = _open_file(path, os.O_WRONLY)
+    except OSError:  # there is none, or it is a link, or not ours to write
+        path.unlink(missing_ok=True)
+        return
+    try:
+        path.unlink(missing_ok=True)
+        if os.fstat(descriptor).st_nlink == 0:
+            os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
 
 
 def _copy(tar: Place, shard: Shard, descriptor: int) -> bool:
@@ -139,6 +204,8 @@ def _copy(tar: Place, shard: Shard, descriptor: int) -> bool:
         while done <= shard.bytes and (piece := source.read_at(done, min(_PIECE, shard.bytes + 1 - done))):
             digest.update(piece)
             done += os.pwrite(descriptor, piece, done)
+    except FileNotFoundError:
+        raise DamageError(f"{tar} is missing") from None
     finally:
         source.close()
     return done == shard.bytes and digest.digest() == shard.sha256
@@ -147,7 +214,7 @@ def _copy(tar: Place, shard: Shard, descriptor: int) -> bool:
 def _is(descriptor: int, path: Path) -> bool:
     """Whether the file that is open is still the one of that name."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
     except FileNotFoundError:
         return False
 
@@ -155,11 +222,14 @@ def _is(descriptor: int, path: Path) -> bool:
 def _cleared(partial: Path) -> bool:
     """Delete a partial download if nobody is at it; whether it is gone."""
     try:
-        with open(partial, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink()
+        descriptor = _open_file(partial, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        partial.unlink(missing_ok=True)
     except BlockingIOError:
         return False
-    except FileNotFoundError:
-        pass
+    finally:
+        os.close(descriptor)
     return True

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 Fit = Callable[[Image.Image], Pixels]
@@ -88,7 +88,11 @@ class Decoder:
         formats = (kind,)
 
         def decode(data: bytes) -> bytes:
-            with Image.open(io.BytesIO(data), formats=formats) as image:
+            try:
+                opened = Image.open(io.BytesIO(data), formats=formats)
+            except UnidentifiedImageError:  # which says where in memory the bytes lie
+                raise ValueError("cannot identify image file") from None
+            with opened as image:
                 if self._fit is not None:
                     return self._fitted(image)
                 if image.size != self._size or image.mode != self._mode:

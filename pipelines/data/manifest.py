@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from pipelines.data.decode import Fit
 from pipelines.data.order import Order
 from pipelines.data.recipe import fit_stored
-from pipelines.errors import UserError
-from pipelines.store import DamageError, Place, sha256
+from pipelines.errors import UserError, one_line
+from pipelines.s3 import insist
+from pipelines.store import DamageError, Place, StorageError, sha256
 
 FORMAT = 2
 CARD = "dataset.json"
@@ -41,6 +42,15 @@ CARD_PAGE = "card.md"
 BESIDE = "."
 """Where tars lie that were there before, in the folder of the card."""
 SPLITS = ("train", "held-out")
+
+_PACKED = 64
+_SMALL_TABLE = 16 * 2**20
+"""A table takes up to so many times its file's bytes in memory, or so many bytes. Ours take some 2 times, those of
+images that are all alike 20."""
+_ROW_BYTES = 64
+"""The digests of a row alone."""
+_ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}
+"""Of our tables. Others (dictionaries, differences) can unfold without end."""
 
 Digest = bytes
 """A raw sha256, 32 bytes."""
@@ -127,7 +137,14 @@ class Split:
         return Shard(**row)
 
     def order(self, window: int, seed: int) -> Order:
-        """The order in which training reads this split."""
+        """The order in which training reads this split.
+
+        UserError where it has no images, DamageError where it cannot have an order.
+        """
+        if not self.shard_sizes:
+            raise UserError(f"{self.place}: the split {self.name} has no images; name the other one")
+        if min(self.shard_sizes) < 1:
+            raise DamageError(f"{self.place / SHARDS} has a shard without samples")
         return Order(self.shard_sizes, window, seed, self.digest)
 
 
@@ -144,7 +161,7 @@ class Dataset:
         """Open the dataset in a folder, reading its card and its table of shards.
 
         UserError where there is none, or one of an unknown format; DamageError, naming the file, where one of the
-        two is not what was written.
+        two is not what was written; StorageError where it cannot be read.
         """
         file = place / CARD
         try:
@@ -153,6 +170,10 @@ class Dataset:
             if not place.exists():
                 raise UserError(f"{place}: there is no such folder; a store keeps its datasets in datasets/") from None
             raise UserError(f"{place}: no finished dataset here ({CARD} is missing); ingest it again") from None
+        except OSError as error:
+            raise StorageError(f"{file}: cannot be read: {one_line(error)}") from None
+        except RecursionError:
+            raise DamageError(f"{file} is not JSON of ours: it is nested too deeply") from None
         except ValueError as error:
             raise DamageError(f"{file} is not JSON: {error}") from None
         found = card.get("format") if isinstance(card, dict) else None
@@ -162,9 +183,7 @@ class Dataset:
             )
         if absent := [name for name in _CARD_FIELDS if name not in card]:
             raise DamageError(f"{file} lacks {', '.join(absent)}")
-        data = _read(place / SHARDS)
-        if sha256(data) != card["shards_sha256"]:
-            raise DamageError(f"{place / SHARDS} does not match the sha256 in {CARD}")
+        data = _read(place / SHARDS, card["shards_sha256"], CARD)
         table = read_table(data, SHARD_COLUMNS, place / SHARDS)
         for name in (*table["name"].to_pylist(), *table["index"].to_pylist()):
             # The name is joined to a folder: it must not lead out of it.
@@ -240,9 +259,11 @@ def write_table(columns: Mapping[str, pa.DataType], rows: Mapping[str, Sequence[
 
 
 def read_table(data: bytes, columns: Mapping[str, pa.DataType], file: Place) -> pa.Table:
-    """The inverse of `write_table`. DamageError names a file that is not such a table."""
+    """The inverse of `write_table`. DamageError names a file that is not such a table, or unfolds to too much."""
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        parquet = pq.ParquetFile(pa.BufferReader(data))
+        _check_size(parquet.metadata, len(data), file)
+        table = parquet.read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DamageError(f"{file} is not a Parquet file: {error}") from None
     found = (table.schema.metadata or {}).get(b"ddpm.format", b"none").decode()
@@ -255,20 +276,41 @@ def read_table(data: bytes, columns: Mapping[str, pa.DataType], file: Place) -> 
     return table
 
 
-def _read(file: Place) -> bytes:
-    try:
-        return file.read()
-    except FileNotFoundError:
-        raise DamageError(f"{file} is missing") from None
+def _check_size(metadata: Any, packed: int, file: Place) -> None:
+    """DamageError for a table that a file of so many bytes cannot honestly hold, before it is unpacked."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    if any(not _ENCODINGS.issuperset(column.encodings) for column in columns):
+        raise DamageError(f"{file} is encoded otherwise than tables of ours")
+    rows = sum(group.num_rows for group in groups) * _ROW_BYTES  # empty fields take none in the file
+    size = max(rows, sum(column.total_uncompressed_size for column in columns))
+    if size > max(_SMALL_TABLE, _PACKED * packed):
+        raise DamageError(f"{file} would take {size:,} bytes in memory, too many for a file of {packed:,}")
+
+
+def _read(file: Place, digest: str, record: str) -> bytes:
+    """A file whose hex sha256 the file `record` has. DamageError where it is missing or another, StorageError where it
+    cannot be read."""
+
+    def checked() -> bytes:
+        try:
+            data = file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DamageError(f"{file} is missing") from None
+        except OSError as error:
+            raise StorageError(f"{file}: cannot be read: {one_line(error)}") from None
+        if sha256(data) != digest:
+            raise DamageError(f"{file} does not match the sha256 in {record}")
+        return data
+
+    return insist(file, checked)
 
 
 def read_index(split: Split, shard: Shard) -> pa.Table:
-    """A shard's index, checked against the table of shards. DamageError names it where it differs."""
+    """A shard's index, checked against the table of shards. DamageError names it where it differs; StorageError where
+    it cannot be read."""
     file = split.place / shard.index
-    data = _read(file)
-    if hashlib.sha256(data).digest() != shard.index_sha256:
-        raise DamageError(f"{file} does not match the sha256 in {SHARDS}")
-    table = read_table(data, INDEX_COLUMNS, file)
+    table = read_table(_read(file, shard.index_sha256.hex(), SHARDS), INDEX_COLUMNS, file)
     if len(table) != shard.samples:
         raise DamageError(f"{file} has {len(table)} samples, {SHARDS} says {shard.samples}")
     return table

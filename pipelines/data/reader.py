@@ -5,7 +5,10 @@ there is a `ShardCache`. Its sha256 is checked at each read. A split whose decod
 unless told) is kept decoded: each sample is read, checked and decoded once.
 """
 
+import contextlib
 import math
+import os
+import resource
 import threading
 import time
 from collections import OrderedDict
@@ -37,6 +40,7 @@ _SMALL_IMAGE = 2048  # bytes; decoding less is so much Python that a second thre
 _MOST_SLOTS_AHEAD = 256  # of small images a store of bytes would hold minutes of work, done at once at the start
 _RUN_BYTES = 2**20  # small slots are read several at once, for much of what reading one costs is what any read costs
 _FAREWELL_SECONDS = 1.0
+_SPARE_FILES = 128  # for whatever else a process opens
 
 
 class Reader:
@@ -55,13 +59,16 @@ class Reader:
         """`cache_bytes` is for decoded pixels in memory, `shard_cache` for tars on local disk.
 
         With `on_error="skip"` the sample that `Substitutes` names is read instead of a damaged one, and `on_damage` is
-        told once. Up to `shards_open` shards stay open: an order's window, better two, should be among them.
+        told once. Up to `shards_open` shards stay open, fewer where the process may not have as many files: an order's
+        window, better two, should be among them.
         """
         self.split = split
         self.shape = (split.image_size, split.image_size, split.channels)
         """[H, W, C] of an image."""
         self._decoder = Decoder(self.shape, split.fit)
-        self._shard_cache, self._shards_open = shard_cache, shards_open
+        self._shard_cache, self._shards_open = shard_cache, min(shards_open, len(split.table))
+        if split.tars.is_local or shard_cache is not None:  # others have no files
+            self._shards_open = _affordable(self._shards_open)
         self._open: OrderedDict[int, _Opening] = OrderedDict()
         self._lock = threading.Lock()
         fits = len(split) * int(np.prod(self.shape)) <= cache_bytes
@@ -114,19 +121,7 @@ class Reader:
 
     def _decode(self, number: int, rows: Ints) -> tuple[Pixels, Ints]:
         wanted = rows.tolist()
-        found: list[bytes | bytearray] = [b""] * len(wanted)
-        try:
-            shard = self._shard(number)
-        except DamageError as error:
-            if self._substitutes is None:
-                raise self._with_advice(error) from None
-            labels = np.empty(len(wanted), dtype=np.int64)
-            bad = dict.fromkeys(range(len(wanted)), Bad("", str(error)))
-        else:
-            found, bad = shard.decode(wanted)
-            if bad and self._substitutes is None:
-                raise self._with_advice(shard.damage(bad[min(bad)]))
-            labels = shard.labels[rows]
+        found, labels, bad = self._take(number, wanted)
         for place in bad:
             assert self._substitutes is not None
             found[place], labels[place] = self._substitutes.of(number, wanted[place], bad[place])
@@ -137,12 +132,24 @@ class Reader:
         return DamageError(f"{error}; `{verify}` names all damage, data.on_error: skip trains without it")
 
     def _read_one(self, number: int, row: int) -> Sample | Bad:
+        found, labels, bad = self._take(number, [row])
+        return bad[0] if bad else (found[0], int(labels[0]))
+
+    def _take(self, number: int, rows: list[int]) -> tuple[list[bytes | bytearray], Ints, dict[int, Bad]]:
+        """Pixels and labels of a shard's samples, and what is wrong with those that have none, by place in `rows`;
+        DamageError for the first of these, unless they are substituted."""
         try:
             shard = self._shard(number)
+            found, bad = shard.decode(rows)
         except DamageError as error:
-            return Bad("", str(error))
-        found, bad = shard.decode([row])
-        return bad[0] if bad else (found[0], int(shard.labels[row]))
+            if self._substitutes is None:
+                raise self._with_advice(error) from None
+            self._lost[number] = str(error)
+            bad = dict.fromkeys(range(len(rows)), Bad("", str(error)))
+            return [b""] * len(rows), np.empty(len(rows), dtype=np.int64), bad
+        if bad and self._substitutes is None:
+            raise self._with_advice(shard.damage(bad[min(bad)]))
+        return found, shard.labels[rows], bad
 
     def _shard(self, number: int) -> OpenShard:
         with self._lock:
@@ -151,16 +158,28 @@ class Reader:
             while len(self._open) > self._shards_open:
                 self._open.popitem(last=False)
         with opening.lock:  # one thread opens it, which may take a download; those that want it too wait
+            if number in self._lost:
+                raise DamageError(self._lost[number])
             if opening.shard is None:
-                if number in self._lost:
-                    raise DamageError(self._lost[number])
                 try:
                     opening.shard = OpenShard(self.split, number, self._decoder, self._shard_cache)
-                except DamageError as error:
+                except DamageError as error:  # those that wait need not find out anew
                     if self._substitutes is not None:
                         self._lost[number] = str(error)
                     raise
             return opening.shard
+
+
+def _affordable(files: int) -> int:
+    """How many of so many files this process may have open; its own limit is raised as far as it takes and may be."""
+    taken = len(os.listdir("/dev/fd")) + _SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or taken + files <= soft:
+        return files
+    limit = taken + files if hard == resource.RLIM_INFINITY else min(taken + files, hard)
+    with contextlib.suppress(OSError, ValueError):  # the system may have a limit below the one that it names
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, soft), hard))
+    return max(1, min(files, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - taken))
 
 
 class _Opening:
@@ -279,16 +298,16 @@ class SlotStream:
                     self._changed.notify_all()
 
     def _read(self, numbers: range) -> list[Slot | BaseException]:
-        """The stream's slots of these numbers, counted from 0; up to the first that is damaged, and its error."""
+        """The stream's slots of these numbers, counted from 0; up to the first that cannot be had, and its error."""
         places = [(self._start_step + n // len(self._owned), self._owned[n % len(self._owned)]) for n in numbers]
         positions = [slot_positions(*place, self._slots, self._global_batch) for place in places]
         try:
             images, labels = self._reader.read(*self._order.locate(np.concatenate(positions)))
-        except DamageError as error:
+        except Exception as error:
             if len(numbers) == 1:
                 return [error]
             found: list[Slot | BaseException] = []
-            for number in numbers:  # which of them is damaged?
+            for number in numbers:  # which of them is it?
                 found += self._read(range(number, number + 1))
                 if isinstance(found[-1], BaseException):
                     break

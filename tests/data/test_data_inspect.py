@@ -19,7 +19,7 @@ from pipelines.data.diff import Difference, compare
 from pipelines.data.manifest import Dataset, content_hash
 from pipelines.errors import UserError
 from pipelines.store import DamageError, Place
-from tests.data.dataset_helpers import change_index, noise, write_dataset
+from tests.data.dataset_helpers import change_card, change_index, noise, write_dataset
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -226,3 +226,12 @@ def test_verify_ends_with_one_where_there_is_damage_and_names_it(tmp_path: Path)
         "member": None,
         "what": "is missing",
     }
+
+
+@pytest.mark.parametrize("counts", [{}, None, 3, {"samples": 5}, {"samples": 5, "shards": 1, "unlabelled": 0}])
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_a_card_that_does_not_count_the_images_is_named(tmp_path: Path, split: str, counts: object) -> None:
+    dataset = write_dataset(tmp_path, (noise(8), [0] * 8), (noise(2), [0] * 2), ["a"])
+    change_card(dataset.place, splits={**dataset.card["splits"], split: counts} if counts else {})
+    with pytest.raises(DamageError, match=r"dataset\.json does not count the images of the split (train|held-out)"):
+        inspect.info(Dataset.open(dataset.place))

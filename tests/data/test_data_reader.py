@@ -4,18 +4,24 @@ import hashlib
 import io
 import pickle
 import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.manifest import Dataset, Split
+from pipelines.data.manifest import FORMAT, INDEX_COLUMNS, Dataset, Split, read_table, write_table
 from pipelines.data.reader import Reader
 from pipelines.data.shards import encode_png
 from pipelines.errors import UserError
-from pipelines.store import DamageError, Place
-from tests.data.dataset_helpers import change_index, flip, patch, read_rows
+from pipelines.store import DamageError, Place, StorageError
+from tests.data.dataset_helpers import change_index, change_table, flip, noise, patch, read_rows, reseal, write_dataset
 
 BOTH = pytest.mark.parametrize("cache", [0, 2**20], ids=["pread", "cached"])
 
@@ -145,8 +151,9 @@ def test_missing_and_damaged_indices_are_named(copy: Dataset) -> None:
         ({"size": -1}, "cannot be -1 bytes"),
         ({"offset": -1}, "at -1, as the index"),
         ({"offset": 2**40}, "is cut short"),
+        ({"offset": 2**63 - 1}, "is cut short"),
         ({"content": "wrong size"}, "cannot be decoded: it is L 9 x 9"),
-        ({"content": "not a png"}, "cannot be decoded"),
+        ({"content": "not a png"}, "cannot be decoded: cannot identify image file;"),
     ],
 )
 def test_an_index_is_not_trusted(copy: Dataset, changes: dict[str, object], message: str) -> None:
@@ -167,3 +174,100 @@ def test_an_index_of_an_unknown_format_is_refused(copy: Dataset, monkeypatch: py
     monkeypatch.setattr("pipelines.data.manifest.FORMAT", 99)
     with pytest.raises(UserError, match=r"train-000000\.parquet: format \d+ is not known here, only 99"):
         Reader(copy.split("train")).read(np.array([0]), np.array([0]))
+
+
+def bomb(columns: dict[str, pa.DataType], fields: dict[str, object], rows: int, **options: object) -> bytes:
+    """A table of ours whose rows are all alike."""
+    schema = pa.schema(list(columns.items()), metadata={"ddpm.format": str(FORMAT)})
+    file = io.BytesIO()
+    table = pa.table({name: [fields[name]] * rows for name in columns}, schema=schema)
+    pq.write_table(table, file, compression="zstd", **options)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "options", "message"),
+    [
+        ({"key": "k" * 100_000}, 300, {"use_dictionary": True}, "is encoded otherwise"),
+        (
+            {"key": "k" * 100_000},
+            300,
+            {"use_dictionary": False, "column_encoding": {"key": "DELTA_BYTE_ARRAY"}},
+            "is encoded otherwise",
+        ),
+        ({"key": "k" * 100_000}, 300, {"use_dictionary": False}, r"would take 3\d,\d{3},\d{3} bytes in memory"),
+        (dict.fromkeys(INDEX_COLUMNS), 300_000, {"use_dictionary": False}, r"would take 19,200,000 bytes in memory"),
+    ],
+)
+def test_a_table_that_unfolds_to_too_much_is_not_unpacked(
+    copy: Dataset, changes: dict[str, object], rows: int, options: dict[str, object], message: str
+) -> None:
+    index = "held-out-000000.parquet"
+    data = bomb(INDEX_COLUMNS, {**read_rows(copy.place, index)[0], **changes}, rows, **options)
+    (copy.place / index).write(data)
+    reseal(copy.place)
+    assert len(data) < 2**18
+    before = pa.total_allocated_bytes()
+    reader = Reader(Dataset.open(copy.place).split("held-out"))
+    with pytest.raises(DamageError, match=rf"held-out-000000\.parquet {message}"):
+        reader.read(np.array([0]), np.array([0]))
+    assert pa.total_allocated_bytes() - before < 2**20
+
+
+def test_images_that_are_all_alike_make_no_bomb(tmp_path: Path) -> None:
+    many = 20_000
+    fields = {"key": "", "member": "a.png", "offset": 512, "size": 70, "sha256": bytes(32), "content": bytes(32)}
+    columns: dict[str, Sequence[object]] = {name: [value] * many for name, value in fields.items()}
+    columns |= {"key": [f"train-000000-{row:06d}" for row in range(many)], "label": [-1] * many}
+    data = write_table(INDEX_COLUMNS, columns)
+    assert len(read_table(data, INDEX_COLUMNS, Place.of(tmp_path))) == many
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_an_index_that_cannot_be_read_is_a_fault_of_the_storage(copy: Dataset, on_error: Any) -> None:
+    file = copy.place.path / "train-000001.parquet"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(StorageError, match=rf"^{file}: cannot be read: .*Is a directory"):
+        Reader(copy.split("train"), on_error=on_error).read(np.array([1]), np.array([0]))
+
+
+def test_cards_and_tables_that_cannot_be_are_named(copy: Dataset) -> None:
+    split = copy.split("held-out")
+    columns = pq.read_table(copy.place.path / "shards.parquet").to_pydict()
+    columns["samples"][0] = 0
+    change_table(copy.place, columns)
+    with pytest.raises(DamageError, match=r"shards\.parquet has a shard without samples"):
+        Dataset.open(copy.place).split("train").order(4, 0)
+    assert split.order(4, 0).n == len(split)
+    (copy.place / "dataset.json").write(b"[" * 200_000)
+    with pytest.raises(DamageError, match=r"dataset\.json is not JSON of ours: it is nested too deeply"):
+        Dataset.open(copy.place)
+    (copy.place.path / "dataset.json").unlink()
+    (copy.place.path / "dataset.json").mkdir()
+    with pytest.raises(StorageError, match=r"dataset\.json: cannot be read: .*Is a directory"):
+        Dataset.open(copy.place)
+
+
+_FEW_FILES = """
+import resource, sys
+from pipelines.data.manifest import Dataset
+from pipelines.data.reader import Reader
+from pipelines.store import Place
+hard = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+split = Dataset.open(Place.of(sys.argv[1])).split("train")
+reader = Reader(split, 0, shards_open=1000)
+for _ in range(2):
+    reader.read_all()
+files = [open("/dev/null") for _ in range(60)]  # others need some too
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+
+
+def test_a_wide_window_needs_no_more_files_than_there_may_be(tmp_path: Path) -> None:
+    write_dataset(tmp_path, (noise(300), [-1] * 300), (noise(1), [-1]), (), 1)
+    for hard in (200, 250, 1000):
+        done = subprocess.run([sys.executable, "-c", _FEW_FILES, tmp_path, str(hard)], capture_output=True, text=True)
+        assert done.stderr == ""
+        assert 200 <= int(done.stdout) <= min(hard, 600)  # no more than it needs

@@ -175,7 +175,7 @@ def test_the_type_is_that_of_the_name_whatever_is_inside() -> None:
     kinds = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
     for suffix, kind in kinds.items():
         for other in {*kinds.values(), "GIF", "BMP", "TIFF", "PPM"} - {kind}:
-            with pytest.raises(Exception, match="cannot identify"):
+            with pytest.raises(Exception, match=r"^cannot identify image file$"):
                 decoded(Decoder(RGB), f"a.{suffix}", saved(picture(made_up(RGB)), other))
     for data in (b"", b"\x89PNG", encode_png(made_up(RGB))):
         with pytest.raises(ValueError, match="magic"):

@@ -15,7 +15,7 @@ import pytest
 from pipelines.data.manifest import Dataset
 from pipelines.data.order import owned_slots
 from pipelines.data.reader import Reader, SlotStream
-from pipelines.store import DamageError
+from pipelines.store import DamageError, StorageError
 from tests.data.dataset_helpers import noise, write_dataset
 from tests.s3_faults import wait_until
 
@@ -142,6 +142,34 @@ def test_an_error_is_raised_in_its_slot_s_place(tmp_path: Path) -> None:
             with pytest.raises(DamageError, match=rf"{split.shards[broken].name} is missing"):
                 next(stream)
             assert list(stream) == []
+
+
+class Faulty(Reader):
+    """A reader that cannot reach one shard."""
+
+    lost = -1
+
+    def read(self, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if (shards == self.lost).any():
+            raise StorageError(f"shard {self.lost} cannot be read")
+        return super().read(shards, rows)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_fault_of_the_storage_is_raised_in_its_slot_s_place(digits: Dataset, threads: int) -> None:
+    split = digits.split("train")
+    order = split.order(1, 0)
+    shards, rows = order.locate(np.arange(len(split)))
+    reader = Faulty(split)
+    reader.lost = int(shards[-1])
+    first = int(np.flatnonzero(shards == reader.lost)[0])
+    expected, _ = Reader(split).read(shards, rows)
+    with SlotStream(reader, order, 1, 1, [0], 0, threads=threads) as stream:
+        for step, _, images, _ in itertools.islice(stream, first):
+            assert np.array_equal(images, expected[step : step + 1])
+        assert step == first - 1
+        with pytest.raises(StorageError, match=f"shard {reader.lost} cannot be read"):
+            next(stream)
 
 
 def test_memory_and_files_stay_flat_over_epochs(tmp_path: Path) -> None:

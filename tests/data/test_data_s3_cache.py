@@ -84,18 +84,19 @@ def test_the_shards_that_were_used_last_stay(place: S3Place, proxy: FaultyProxy,
 def test_what_is_larger_than_the_limit_is_not_kept(place: S3Place, proxy: FaultyProxy, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, SIZE - 1)
     proxy.calm()
-    assert not opened(cache, place, 0)
+    with pytest.warns(UserWarning, match=r"data\.cache: .* is too small for .*/0\.tar, .*; raise data\.cache\.gib"):
+        assert not opened(cache, place, 0)
+    assert not opened(cache, place, 1)
     assert proxy.seen == {}
     assert kept(cache) == []
 
 
-def test_a_file_that_leaves_while_it_is_open_is_read_on(place: S3Place, tmp_path: Path) -> None:
-    cache = ShardCache(tmp_path, SIZE)
-    file = cache.open(place / "0.tar", shard(0))
-    assert file is not None
-    assert opened(cache, place, 1)
-    assert kept(cache) == [1]
-    assert file.read_at(5, 100) == content(0)[5:105]
+def test_what_leaves_while_it_is_open_takes_no_room(place: S3Place, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, 2 * SIZE)
+    files = [cache.open(place / f"{number}.tar", shard(number)) for number in range(6)]
+    assert kept(cache) == [4, 5]
+    found = [file.read_at(0, SIZE + 1) for file in files if file is not None]
+    assert found == [b""] * 4 + [content(4), content(5)]
 
 
 def test_what_is_not_as_the_table_says_is_not_kept(place: S3Place, proxy: FaultyProxy, tmp_path: Path) -> None:
@@ -103,6 +104,9 @@ def test_what_is_not_as_the_table_says_is_not_kept(place: S3Place, proxy: Faulty
     for changes in ({"bytes": SIZE - 1}, {"bytes": SIZE + 1}, {"sha256": bytes(32)}):
         assert cache.open(place / "0.tar", shard(0, **changes)) is None
     proxy.methods, proxy.always = frozenset({"GET"}), "short"  # half of the body, said to be all
+    with pytest.raises(StorageError, match=r"5\.tar: could not be read .* fewer than the 100000 bytes"):
+        cache.open(place / "5.tar", shard(5))
+    proxy.always = "garbled"
     assert cache.open(place / "5.tar", shard(5)) is None
     assert kept(cache) == []
     with pytest.raises(DamageError, match=r"9\.tar is missing"):
@@ -205,7 +209,8 @@ def test_a_folder_that_cannot_be_used(place: S3Place, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "gone", SIZE)
     (tmp_path / "gone" / "lock").unlink()
     (tmp_path / "gone").rmdir()
-    assert not opened(cache, place, 0)  # it is read from where it is
+    with pytest.warns(UserWarning, match=r"data\.cache: .*/gone cannot be used \(No such file or directory\)"):
+        assert not opened(cache, place, 0)  # it is read from where it is
 
 
 def test_a_copy_that_rots_is_no_damage_of_the_dataset(proxy: FaultyProxy, tmp_path: Path, server: int) -> None:

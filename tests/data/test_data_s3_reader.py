@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,23 +98,67 @@ def test_a_cached_shard_is_downloaded_once(remote: Dataset, proxy: FaultyProxy, 
     assert proxy.seen == {"HEAD": 3, "GET": 3}  # the second reader fetched the indices alone
 
 
-@pytest.mark.parametrize("fault", ["500", "cut", "refuse", "short"])
-def test_passing_faults_are_passed_over(reader: Reader, proxy: FaultyProxy, fault: Any) -> None:
-    reader.read(np.array([0]), np.array([0]))
-    for shard in range(3):
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("fault", ["500", "cut", "refuse", "short", "garbled", "404"])
+def test_passing_faults_are_passed_over(
+    remote: Dataset, proxy: FaultyProxy, tmp_path: Path, fault: Any, cached: bool
+) -> None:
+    """Whichever request they meet: index or tar, looked up or read, at once or after others."""
+    for clean in range(4):
+        cache = ShardCache(tmp_path / f"cache-{clean}", 2**30) if cached else None
+        told: list[Damage] = []
+        reader = Reader(remote.split("train"), 0, shard_cache=cache, on_error="skip", on_damage=told.append)
+        for shard in range(3):
+            proxy.calm()
+            proxy.faults = [None] * clean + [fault] * (HASTE.attempts - 1)
+            rows = np.arange(SHARD)
+            for some in (rows[:1], rows, rows):
+                images, _ = reader.read(np.full(len(some), shard), some)
+                assert np.array_equal(images, IMAGES[shard * SHARD + some])
+        assert told == []
+
+
+@pytest.mark.parametrize(("fault", "what"), [("404", "is missing"), ("garbled", "does not match the sha256")])
+def test_what_is_wrong_however_often_it_is_read_is_damage(
+    remote: Dataset, proxy: FaultyProxy, fault: Any, what: str
+) -> None:
+    reader = Reader(remote.split("train"), 0)
+    reader.read(np.array([1]), np.array([0]))
+    for one in (reader, Reader(remote.split("train"), 0)):
         proxy.calm()
-        proxy.methods = frozenset({"GET"})
-        if fault == "short":  # an index that is cut short, and is said to be whole, is damaged
-            reader.read(np.array([shard]), np.array([0]))
-            proxy.faults = [fault]
-        else:
-            proxy.faults = [fault] * 2
-        rows = np.arange(SHARD)
-        images, _ = reader.read(np.full(SHARD, shard), rows)
-        assert np.array_equal(images, IMAGES[shard * SHARD + rows])
+        proxy.always = fault
+        with pytest.raises(DamageError, match=rf"train-000001\..*{what}"):
+            one.read(np.array([1]), np.array([5]))
+        assert sum(proxy.seen.values()) >= HASTE.attempts
+    proxy.calm()
+    assert np.array_equal(reader.read_all()[0], IMAGES)
 
 
-@pytest.mark.parametrize("fault", ["500", "cut"])
+def test_many_damaged_samples_of_a_shard_are_waited_for_once(remote: Dataset, stock: Any) -> None:
+    change(stock, remote, "train-000001.tar", bytes(remote.split("train").shards[1].bytes))
+    patient = Dataset.open(S3Place(BUCKET, remote.place.name, replace(HASTE, pause_seconds=0.4)))
+    begun = time.monotonic()
+    images, _ = Reader(patient.split("train"), 0, on_error="skip").read(np.ones(SHARD, int), np.arange(SHARD))
+    assert np.array_equal(images, IMAGES[2 * SHARD :])
+    assert time.monotonic() - begun < 4  # 20 times that would be 18 s at least
+
+
+@pytest.mark.parametrize("open_before", [False, True])
+def test_a_tar_that_goes_is_missing_whoever_has_it_open(remote: Dataset, stock: Any, open_before: bool) -> None:
+    told: list[Damage] = []
+    reader = Reader(remote.split("train"), 0, on_error="skip", on_damage=told.append)
+    if open_before:
+        assert np.array_equal(reader.read_all()[0], IMAGES)
+    change(stock, remote, "train-000001.tar", None)
+    with pytest.raises(DamageError, match=r"train-000001\.tar is missing; `ddpm data verify"):
+        Reader(remote.split("train"), 0).read(np.array([1]), np.array([3]))
+    images, _ = reader.read(np.array([1, 1, 2]), np.array([3, 4, 3]))
+    assert np.array_equal(images, IMAGES[[2 * SHARD + 3, 2 * SHARD + 4, 2 * SHARD + 3]])
+    reason = f"{remote.place}/train-000001.tar is missing"
+    assert told == [Damage("train-000001.tar", row, "", reason, "train-000002.tar", row) for row in (3, 4)]
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "short"])
 def test_a_lasting_fault_is_told_and_is_no_damage(
     remote: Dataset, proxy: FaultyProxy, tmp_path: Path, fault: Any
 ) -> None:
