@@ -219,7 +219,8 @@ def _show(run: Run, spec: Spec, progress: Progress, told: str | None) -> str | N
     except FileNotFoundError:
         return told
     total = spec.train.total_steps * spec.train.global_batch
-    progress.advance(live["images"], total, "images", rate=live["images_per_second"], loss=live["loss"])
+    figures = {name: live[name] for name in ("loss", "skipped") if live[name]}  # no loss where it was not finite
+    progress.advance(live["images"], total, "images", rate=live["images_per_second"], **figures)
     trouble: str | None = live["trouble"]
     if trouble not in (None, told):
         progress.say(f"warning: {trouble}; training goes on, and tries again at the next checkpoint")
