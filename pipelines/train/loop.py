@@ -237,9 +237,14 @@ class Trainer:
         return losses.detach().double(), weights
 
     def _learning_rate(self) -> float:
-        warm = self.spec.train.warmup_images
-        done = self.images + self.spec.train.global_batch
-        return self.spec.train.learning_rate * (min(1.0, done / warm) if warm else 1.0)
+        train, done = self.spec.train, self.images + self.spec.train.global_batch
+        if done < train.warmup_images:
+            return train.learning_rate * (done / train.warmup_images)
+        if train.decay == "constant":
+            return train.learning_rate
+        # The last step still moves: 0 comes a batch after it.
+        span = train.total_steps * train.global_batch + train.global_batch - train.warmup_images
+        return train.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - train.warmup_images) / span))
 
     def _diagnosis(self) -> str:
         """What went wrong in this step, of which all ranks know a part, and what there is to go back to."""
