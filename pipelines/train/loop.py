@@ -118,6 +118,7 @@ class Trainer:
             self._module = DistributedDataParallel(self.model)
             self._module.register_comm_hook(None, self._gradients.hook)
         self._boundaries = _log_snr_quartiles(self.process.schedule.log_snr)
+        run.note_worker(self.attempt, world.rank)
         self._looked_at = 0.0
         self.recorder = Recorder(run, spec.train, self.attempt, self.images, world.rank, world.size)
 

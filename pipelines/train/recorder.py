@@ -21,9 +21,8 @@ from pipelines.store import StorageError
 from pipelines.train.checkpoint import Checkpoint
 from pipelines.train.journal import Row
 from pipelines.train.reduce import tree_sum
-from pipelines.train.run import Run
+from pipelines.train.run import LIVE, Run
 
-LIVE = "live.json"
 QUARTILES = 4
 
 Figures = Mapping[str, float]
