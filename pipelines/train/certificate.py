@@ -21,6 +21,7 @@ from pipelines.errors import Failed, UserError
 from pipelines.progress import Progress
 from pipelines.spec import Spec
 from pipelines.store import Place
+from pipelines.train.checkpoint import STATE
 from pipelines.train.driver import fit
 from pipelines.train.run import Run, environment
 
@@ -83,23 +84,29 @@ def certify(
         disturbance = _Disturbance(spec, dataset, disturbed, cluster, progress, steps, kills, random.Random(seed))
         disturbance.run()
         progress.finish("disturbed", f"{steps} steps, {sum(kill.lost for kill in disturbance.killed)} of them again")
-    one, other = (run.checkpoints.digests(steps) for run in (undisturbed, disturbed))
-    differs = [name for name in one if name != "state.json" and one[name] != other.get(name)]
-    rows = [[(row.step, row.exact) for row in run.journal.read(steps)] for run in (undisturbed, disturbed)]
-    differs += ["journal"] if rows[0] != rows[1] else []
+    differs = compare(undisturbed, disturbed, steps)
     return Certificate(
         name=undisturbed.name,
         dataset_digest=dataset.digest,
         steps=steps,
         same=not differs,
         differs=differs,
-        digests=one,
+        digests=undisturbed.checkpoints.digests(steps),
         kills=disturbance.killed,
         undisturbed_workers=spec.train.workers,
         workers=disturbance.took_turns,
         seed=seed,
         environment=environment(),
     )
+
+
+def compare(one: Run, other: Run, step: int) -> list[str]:
+    """What of two runs is not the same bits up to a step: files of its checkpoint, and `journal` for the exact rows."""
+    digests = [run.checkpoints.digests(step) for run in (one, other)]
+    names = sorted({*digests[0], *digests[1]} - {STATE})  # that file tells what it was computed on, which may differ
+    differs = [name for name in names if digests[0].get(name) != digests[1].get(name)]
+    rows = [[(row.step, row.exact) for row in run.journal.read(step)] for run in (one, other)]
+    return differs if rows[0] == rows[1] else [*differs, "journal"]
 
 
 class _Disturbance:
