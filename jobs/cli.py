@@ -4,18 +4,18 @@ Every verb but `ui`, which has no end, takes `--json`: one JSON object as the la
 other libraries' prints go to stderr. Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from jobs.data_cli import HeldOut, Json, Resize, Workers, data
+from jobs.data_cli import HeldOut, Resize, Workers, data
 from jobs.exits import end_process
 from jobs.notices import said_as_options
+from jobs.options import Json, ModelName, Overrides, SpecFile, Storage, TrackingUri, session_of
 from jobs.output import print_result, quiet_stdout
+from jobs.proof_cli import verify_resume
 from pipelines.errors import Refused, UserError
 from pipelines.progress import counted
 
@@ -28,23 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data)
-
-SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="A spec file (YAML).", show_default=False)]
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A run, a checkpoint or diffusers folder, name@champion or name@VERSION.",
-        show_default=False,
-    ),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one field of the spec; may be repeated.")
-]
-Storage = Annotated[str | None, typer.Option(help="Folder of the store [default: spec, $DDPM_STORAGE, ./ddpm-store].")]
-TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow [default: spec, $MLFLOW_TRACKING_URI, mlflow.db in the store].")
-]
+app.command()(verify_resume)
 
 _SAMPLE_OPTIONS = {"sample.n": "--n", "sample.seed": "--seed"}
 """Fields of a spec for which `sample` has options of its own."""
@@ -70,7 +54,7 @@ def run(
     from pipelines.spec import load_spec
 
     parsed = load_spec(spec, overrides or ())
-    with _session(parsed, storage, tracking_uri) as session:
+    with session_of(parsed, storage, tracking_uri) as session:
         refused = None
         try:
             result = run_pipeline(parsed, session)
@@ -146,7 +130,7 @@ def train(
     from pipelines.spec import load_spec
 
     parsed = load_spec(spec, overrides or ())
-    with _session(parsed, storage, tracking_uri) as session:
+    with session_of(parsed, storage, tracking_uri) as session:
         done = run_training(parsed, session)
     print_result(as_json, done, lambda: print(f"{done['run']}  {done['checkpoint']}"))
 
@@ -167,7 +151,7 @@ def evaluate(
     from pipelines.models import find_model
     from pipelines.store import Place
 
-    with _session(None, storage, tracking_uri) as session:
+    with session_of(None, storage, tracking_uri) as session:
         found = find_model(model, session.store, session.tracker, overrides or (), verb="evaluate")
         session.progress.start("evaluate", found.origin)
         evaluation = evaluate_model(found, Dataset.open(Place.of(against)), found.spec, session)
@@ -190,7 +174,7 @@ def sweep(
     from pipelines.spec import load_spec
 
     parsed = load_spec(spec, overrides or ())
-    with _session(parsed, storage, tracking_uri) as session:
+    with session_of(parsed, storage, tracking_uri) as session:
         outputs = run_sweep(parsed, session)
     print_result(as_json, outputs, lambda: show_sweep(outputs))
 
@@ -213,7 +197,7 @@ def sample(
     from pipelines.sample import sample_job
     from pipelines.store import Place
 
-    with _session(None, storage, tracking_uri) as session:
+    with session_of(None, storage, tracking_uri) as session:
         for override in overrides or ():
             if (option := _SAMPLE_OPTIONS.get(override.partition("=")[0])) is not None:
                 raise UserError(f"--set {override}: here it is said by {option}")
@@ -242,7 +226,7 @@ def export(
 
     if form != "diffusers":
         raise UserError(f"--format {form}: only diffusers can be written")
-    with _session(None, storage, tracking_uri) as session:
+    with session_of(None, storage, tracking_uri) as session:
         found = find_model(model, session.store, session.tracker, overrides or (), verb="export")
         files = export_diffusers(found, out)
     print_result(as_json, {"out": out, "model": found.origin, "files": files}, lambda: print(f"{out}  {found.origin}"))
@@ -264,7 +248,7 @@ def register(
 
     store = Place.of(storage_of(None, storage))
     spec = find_run(run, store).spec().model_copy(update={"ray": RayCluster()})  # where it ran need not be here
-    with _session(spec, str(store), tracking_uri) as session:
+    with session_of(spec, str(store), tracking_uri) as session:
         outputs = register_finished(find_run(run, store), session)
     print_result(as_json, outputs, lambda: print(outputs["summary"]))
 
@@ -280,7 +264,7 @@ def promote(
     """Make a version `champion`, if it passes its gates. They are those of the spec that it was registered with."""
     from pipelines.registry.promote import promote_by_name
 
-    with _session(None, storage, tracking_uri) as session:
+    with session_of(None, storage, tracking_uri) as session:
         decision = promote_by_name(name, version, session.tracker.existing(), session.store)
     print_result(as_json, decision, lambda: print(f"{name} version {decision['version']} is champion"))
 
@@ -296,7 +280,7 @@ def models(
     from jobs.tables import show_models
     from pipelines.registry.register import list_models
 
-    with _session(None, storage, tracking_uri) as session:
+    with session_of(None, storage, tracking_uri) as session:
         found = list_models(session.tracker.existing(), name)
     print_result(as_json, {"models": found}, lambda: show_models(found))
 
@@ -331,18 +315,7 @@ def ui(
     """Open MLflow's UI on the store's runs and models. It listens on loopback, until interrupted."""
     from jobs.ui import serve_ui
 
-    with _session(None, storage, tracking_uri) as session:
+    with session_of(None, storage, tracking_uri) as session:
         session.tracker.existing()
         address = session.tracker.address
     serve_ui(address, port)
-
-
-@contextlib.contextmanager
-def _session(spec: Any, storage: str | None, tracking_uri: str | None) -> Iterator[Any]:
-    from jobs.live import listener
-    from pipelines.cluster import Cluster
-    from pipelines.session import open_session
-
-    address = spec.ray.address if spec is not None else None
-    with quiet_stdout(), listener() as progress, Cluster(address) as cluster:
-        yield open_session(cluster, progress, spec, storage, tracking_uri)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.notices import said_as_options
+from jobs.options import Json
 from jobs.output import print_result, quiet_stdout
 from pipelines.errors import Failed, UserError
 from pipelines.progress import counted
@@ -32,7 +33,6 @@ HeldOut = Annotated[
     typer.Option(help="Share of the images kept from training [default: the source's own split, else 0.2]."),
 ]
 Workers = Annotated[int | None, typer.Option(help="Ray tasks at a time [default: one a CPU, none for little work].")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
 @data.command()

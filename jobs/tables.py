@@ -28,6 +28,23 @@ def show_run(result: Result, ui_command: str) -> None:
     console.print(f"MLflow     {ui_command}")
 
 
+def show_certificate(told: Mapping[str, Any]) -> None:
+    """Whether a run that was killed came to the same bits."""
+    console = _console()
+    table = _table(
+        ("kill", "right"), ("workers", "right"), ("rank", "right"), ("at step", "right"), ("steps lost", "right")
+    )
+    for number, kill in enumerate(told["kills"], 1):
+        table.add_row(*map(str, (number, kill["workers"], kill["rank"], kill["at_step"], kill["lost"])))
+    console.print(table)
+    turns = ", ".join(map(str, told["workers"]))
+    verdict = "the same bits" if told["same"] else f"OTHER bits in {', '.join(told['differs'])}"
+    console.print(f"verdict    {verdict} after {told['steps']} steps: weights, average, optimizer, journal")
+    console.print(f"workers    {turns}, one after the other, against {told['undisturbed_workers']} undisturbed")
+    console.print(f"weights    {told['digests']['model.safetensors']}")
+    console.print(f"kept       {told['place']}")
+
+
 def show_scores(scores: Sequence[Mapping[str, Any]], evidence: Mapping[str, float]) -> None:
     """Scores with what they were measured on, and the figures beside which they mean something."""
     table = _table(("score", "left"), ("value", "right"), ("95 % interval", "right"), ("measured on", "left"))

@@ -24,7 +24,9 @@ _FRAMES = 9
 def draw_pictures(spec: Spec, dataset: Dataset, model: Model, training: Run, samples: Samples) -> dict[str, str]:
     """Write every picture of a finished run into its folder; the sha256 of each."""
     process, _ = model.build()
-    rows = list(training.journal.read(spec.train.total_steps))
+    rows = [
+        row for row in training.journal.read(spec.train.total_steps) if "loss" in row.exact
+    ]  # else it is not finite
     pictures = {
         GRID: _grid(samples),
         TRAJECTORY: _trajectory(spec, dataset, model),

@@ -107,6 +107,21 @@ def run_training(spec: Spec, session: Session) -> dict[str, Any]:
     return done.outputs
 
 
+def run_certificate(spec: Spec, session: Session, steps: int, kills: int) -> dict[str, Any]:
+    """Ingest, and try whether the spec's training goes on to the same bits after kills; kept, and told to MLflow."""
+    from pipelines.train.certificate import certify
+
+    dataset, _ = ingested(spec, session, Steps(session.store / "steps", session.progress))
+    check_trainable(spec, dataset)
+    place = session.store / "verify-resume" / run_name(spec, dataset.digest)
+    certificate = certify(spec, dataset, place, session.cluster, session.progress, steps, kills)
+    told = {**asdict(certificate), "place": str(place / "certificate.json")}
+    (place / "certificate.json").write_json(told)
+    with session.tracker.tolerant("certificate kept back"):
+        session.tracker.certificate(certificate.name, told)
+    return told
+
+
 def run_sweep(spec: Spec, session: Session) -> dict[str, Any]:
     """Ingest and sweep, or find both done: the ranking, and where the winner's spec is."""
     from pipelines.sweep import sweep_step

@@ -204,6 +204,9 @@ class Train(Section):
     """Steps between rows of the journal."""
     learning_rate: PositiveFloat = 2e-4
     warmup_images: Annotated[int, Field(ge=0)] = 0
+    """Images over which the learning rate rises from 0."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate, after that; cosine falls to 0 at `images`, with which a longer run is another run."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: PositiveFloat | None = 1.0
     """Largest norm of the gradient."""

@@ -108,12 +108,16 @@ class Spec(Section):
         """The fields that decide a run's weights, but for how long it trains: with the dataset, its identity.
 
         Where and by how many workers it runs is not among them; `train.images` is not, because nothing before the
-        end depends on it, but for where snapshots of `train.ema_profiles` are kept if nothing else says so.
+        end depends on it, but for a learning rate that falls towards it, and for where snapshots of
+        `train.ema_profiles` are kept if nothing else says so.
         """
         spec = self.model_dump(mode="json")
         train = spec["train"]
+        if self.train.decay == "constant":  # without decay, a run is what it was before there was such a field
+            del train["images"], train["decay"]
+        else:
+            train["images"] = self.train.total_steps * self.train.global_batch
         for name in (
-            "images",
             "workers",
             "resources",
             "oversubscribe",

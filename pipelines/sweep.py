@@ -25,8 +25,7 @@ from pipelines.session import Session
 from pipelines.spec import Spec, Sweep, dump_spec, parse_spec
 from pipelines.steps import Step
 from pipelines.store import Place, identity
-from pipelines.train.recorder import LIVE
-from pipelines.train.run import Run, check_trainable, training_identity
+from pipelines.train.run import LIVE, Run, check_trainable, training_identity
 from pipelines.trial import CLOCK, METRIC, run_trial
 from pipelines.unused import warn_without_effect, without_effect
 

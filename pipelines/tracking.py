@@ -179,6 +179,14 @@ class Tracker:
         """Attach a JSON file."""
         self.client().log_dict(run_id, value, name)
 
+    def certificate(self, name: str, told: Mapping[str, Any]) -> None:
+        """Log a run of its own that says whether a training goes on to the same bits."""
+        tags = {"ddpm.kind": "certificate", "ddpm.run": name, "ddpm.same_bits": str(told["same"]).lower()}
+        run_id = self.parent_run(f"verify-resume {name}", tags)
+        self.json(run_id, "certificate.json", told)
+        self.scores(run_id, {"lost_steps": sum(kill["lost"] for kill in told["kills"])}, step=told["steps"])
+        self.client().set_terminated(run_id)
+
     def still_there(self) -> bool:
         """Whether what was recorded at this address can be there: a local database's file exists."""
         local = self.address.uri.removeprefix("sqlite:///")

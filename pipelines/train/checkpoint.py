@@ -30,6 +30,9 @@ class Checkpoint:
     step: int
     images: int
     """Images seen."""
+    skipped: int = 0
+    """Of the steps, those that moved nothing but the clock."""
+    skipped_in_a_row: int = 0
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
@@ -60,6 +63,8 @@ class Checkpoints:
             "format": FORMAT,
             "step": checkpoint.step,
             "images": checkpoint.images,
+            "skipped": checkpoint.skipped,
+            "skipped_in_a_row": checkpoint.skipped_in_a_row,
             "environment": dict(checkpoint.environment),
         }
         files = {
@@ -107,6 +112,8 @@ class Checkpoints:
         return Checkpoint(
             step=state["step"],
             images=state["images"],
+            skipped=state.get("skipped", 0),  # of a time when a run ended at the first
+            skipped_in_a_row=state.get("skipped_in_a_row", 0),
             model=safetensors.torch.load(files[MODEL]),
             ema=safetensors.torch.load(files[EMA]),
             optimizer=safetensors.torch.load(files[OPTIMIZER]),

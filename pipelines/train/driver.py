@@ -24,8 +24,7 @@ from pipelines.store import DamageError, Place
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA, MODEL
 from pipelines.train.loop import Hook, World, train_from_config
-from pipelines.train.recorder import LIVE
-from pipelines.train.run import Run, environment
+from pipelines.train.run import LIVE, Run, environment
 
 MAX_WORKER_FAILURES = 5
 """Times the workers may die before the run gives up."""
@@ -214,12 +213,11 @@ def _stop(run: Run, over: threading.Event, progress: Progress) -> None:
 
 def _show(run: Run, spec: Spec, progress: Progress, told: str | None) -> str | None:
     """How far the run is, and what trouble it has with its storage, unless that was told before; what is told now."""
-    try:
-        live = (run.place / LIVE).read_json()
-    except FileNotFoundError:
+    if (live := run.live()) is None:
         return told
     total = spec.train.total_steps * spec.train.global_batch
-    progress.advance(live["images"], total, "images", rate=live["images_per_second"], loss=live["loss"])
+    figures = {name: live[name] for name in ("loss", "skipped") if live[name]}  # no loss where it was not finite
+    progress.advance(live["images"], total, "images", rate=live["images_per_second"], **figures)
     trouble: str | None = live["trouble"]
     if trouble not in (None, told):
         progress.say(f"warning: {trouble}; training goes on, and tries again at the next checkpoint")

@@ -4,8 +4,8 @@ import numpy as np
 
 from pipelines.data.damage import Damage
 from pipelines.data.manifest import Dataset
-from pipelines.data.order import slot_positions
-from pipelines.data.reader import SHARDS_OPEN, Reader, ShardCache, SlotStream
+from pipelines.data.order import Ints, slot_positions
+from pipelines.data.reader import SHARDS_OPEN, Pixels, Reader, ShardCache, SlotStream
 from pipelines.spec import Spec
 from pipelines.train.run import Run
 
@@ -37,6 +37,12 @@ class TrainingImages:
             start_step=step,
             end_step=self._train.total_steps,
         )
+
+    def read(self, step: int, slot: int) -> tuple[Pixels, Ints, list[str]]:
+        """The images and labels of a slot once more, and their names: shard and row."""
+        shards, rows = self._order.locate(slot_positions(step, slot, self._train.slots, self._train.global_batch))
+        at = zip(shards.tolist(), rows.tolist(), strict=True)
+        return *self._reader.read(shards, rows), [f"{self._split.shard(shard).name} row {row}" for shard, row in at]
 
     def record_damage(self, step: int) -> None:
         """Keep what was damaged of a step's images. Reading ahead meets more, which the run may never come to."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_core import noise, timesteps
@@ -28,6 +28,7 @@ from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.train.augment import augment
 from pipelines.train.checkpoint import Checkpoint
+from pipelines.train.diagnosis import SlotInputs, diagnose
 from pipelines.train.images import TrainingImages
 from pipelines.train.initial import first_weights
 from pipelines.train.recorder import QUARTILES, Recorder
@@ -37,6 +38,9 @@ from pipelines.train.state import State
 
 _ASKS: tuple[Ask | None, ...] = (None, "checkpoint", "stop")
 _LOOK_SECONDS = 0.2
+
+MOST_SKIPPED = 5
+"""Steps in a row whose gradient is not finite: then the run ends, for going back would meet the same bits again."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ def train(
                 last = trainer.step == spec.train.total_steps
                 if trainer.step in snapshots:
                     trainer.save_snapshot()
-                if asked or last or trainer.step % spec.train.checkpoint_every == 0:
+                due = trainer.step % spec.train.checkpoint_every == 0 and not trainer.state.skipped_in_a_row
+                if asked or last or due:  # no good one makes room for one that may be past help
                     trainer.save()
                     if at_checkpoint is not None:
                         trainer.recorder.settle()
@@ -113,6 +118,7 @@ class Trainer:
             self._module = DistributedDataParallel(self.model)
             self._module.register_comm_hook(None, self._gradients.hook)
         self._boundaries = _log_snr_quartiles(self.process.schedule.log_snr)
+        run.note_worker(self.attempt, world.rank)
         self._looked_at = 0.0
         self.recorder = Recorder(run, spec.train, self.attempt, self.images, world.rank, world.size)
 
@@ -143,16 +149,16 @@ class Trainer:
         self._images.record_damage(self.step)
         gradient = self._gradients.total.div_(self.spec.train.slots)
         norm = float(torch.linalg.vector_norm(gradient))
-        if not math.isfinite(norm):  # the same bits on all ranks, so all stop here
-            raise Failed(
-                f"run {self.run.name} diverged: the gradient of step {self.step + 1} is not finite; "
-                "lower train.learning_rate or add train.warmup_images"
-            )
-        if self.spec.train.grad_clip is not None and norm > self.spec.train.grad_clip:
-            gradient.mul_(self.spec.train.grad_clip / norm)
         rate = self._learning_rate()
-        self.state.advance(gradient, rate)
-        exact = {"gradient_norm": norm, "learning_rate": rate}
+        if math.isfinite(norm):
+            if self.spec.train.grad_clip is not None and norm > self.spec.train.grad_clip:
+                gradient.mul_(self.spec.train.grad_clip / norm)
+            self.state.advance(gradient, rate)
+        else:  # the same bits on all ranks, so all skip
+            if self.state.skipped_in_a_row + 1 == MOST_SKIPPED:
+                raise Failed(self._diagnosis())
+            self.state.skip()
+        exact = {"gradient_norm": norm, "learning_rate": rate, "skipped": float(self.state.skipped)}
         self.recorder.add(torch.stack(stats), exact, {"data_wait_seconds": waited})
         if self.step % self.spec.train.log_every == 0:
             self.recorder.log(self.step)
@@ -172,13 +178,7 @@ class Trainer:
         """Forward and backward of one slot; its statistics, float64 [1 + 2 * quartiles]: loss, then by quartile of the
         log-SNR the sums of losses and of what they count, so that the means are those over timesteps alike.
         """
-        seed, step, n = self.spec.seed, self.step, len(images)
-        x0 = augment(to_model(images), self.spec.data, seed, step, slot)
-        t = self._timesteps(slot, n)
-        eps = noise.normal([noise.key(seed, "eps", step, slot)], x0.shape)[0]
-        if self.spec.model.dropout:
-            torch.manual_seed(noise.key(seed, "dropout", step, slot) >> 1)
-        shown = self._labels(slot, labels)
+        x0, t, eps, shown = self._draw(slot, images, labels)
         last = slot == self.owned[-1]
         if self.world.size > 1 and not last:
             with self._module.no_sync():
@@ -197,6 +197,16 @@ class Trainer:
         sums[1].index_add_(0, quartile, weights)
         return torch.cat((losses.mean()[None], sums.flatten()))
 
+    def _draw(self, slot: int, images: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What the network sees of a slot: x0, timesteps, noise, labels. Dropout is seeded, too."""
+        seed, step = self.spec.seed, self.step
+        x0 = augment(to_model(images), self.spec.data, seed, step, slot)
+        t = self._timesteps(slot, len(images))
+        eps = noise.normal([noise.key(seed, "eps", step, slot)], x0.shape)[0]
+        if self.spec.model.dropout:
+            torch.manual_seed(noise.key(seed, "dropout", step, slot) >> 1)
+        return x0, t, eps, self._labels(slot, labels)
+
     def _timesteps(self, slot: int, n: int) -> Tensor:
         keys = [noise.key(self.spec.seed, "timestep", self.step, slot)]
         if self._density is None:
@@ -211,13 +221,15 @@ class Trainer:
         uniforms = noise.uniform(keys, len(labels))[0]
         return dropped(torch.as_tensor(labels, dtype=torch.int64), uniforms, self.spec.train.label_dropout, classes)
 
+    def _losses(self, module: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None) -> Tensor:
+        def network(x_t: Tensor, timestep: Tensor) -> Any:
+            return module(x_t, timestep) if labels is None else module(x_t, timestep, labels)
+
+        return self._loss(self.process, network, x0, t, eps)
+
     def _backward(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The losses of the images as they count, and how much they count: float64 [N] both."""
-
-        def network(x_t: Tensor, timestep: Tensor) -> Tensor:
-            return self._module(x_t, timestep) if labels is None else self._module(x_t, timestep, labels)
-
-        losses = self._loss(self.process, network, x0, t, eps)
+        losses = self._losses(self._module, x0, t, eps, labels)
         weights = torch.ones(len(losses), dtype=torch.float64)
         if self._density is not None:
             weights = timesteps.importance(self._density, t)
@@ -226,9 +238,36 @@ class Trainer:
         return losses.detach().double(), weights
 
     def _learning_rate(self) -> float:
-        warm = self.spec.train.warmup_images
-        done = self.images + self.spec.train.global_batch
-        return self.spec.train.learning_rate * (min(1.0, done / warm) if warm else 1.0)
+        train, done = self.spec.train, self.images + self.spec.train.global_batch
+        if done < train.warmup_images:
+            return train.learning_rate * (done / train.warmup_images)
+        if train.decay == "constant":
+            return train.learning_rate
+        # The last step still moves: 0 comes a batch after it.
+        span = train.total_steps * train.global_batch + train.global_batch - train.warmup_images
+        return train.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - train.warmup_images) / span))
+
+    def _diagnosis(self) -> str:
+        """What went wrong in this step, of which all ranks know a part, and what there is to go back to."""
+
+        def inputs(slot: int) -> SlotInputs:
+            images, labels, names = self._images.read(self.step, slot)
+            t = self._draw(slot, images, labels)[1]
+            return SlotInputs(names, t, lambda: self._losses(self.model, *self._draw(slot, images, labels)))
+
+        found: list[str | None] = [diagnose(self.model, [inputs(slot) for slot in self.owned])]
+        if self.world.size > 1:
+            mine, found = found[0], [None] * self.world.size
+            dist.all_gather_object(found, mine)
+        where = next((part for part in found if part), "in the sum of the slots' gradients, each of which is finite")
+        if self.world.rank == 0:
+            self.recorder.settle()
+        good = [step for step in self.run.checkpoints.steps() if step <= self.step + 1 - MOST_SKIPPED]
+        kept = f"its last good checkpoint is {self.run.checkpoints.at(good[-1])}" if good else "it has no checkpoint"
+        return (
+            f"run {self.run.name} diverged: the gradient was not finite {MOST_SKIPPED} steps in a row, up to step "
+            f"{self.step + 1}: {where}; {kept}; lower train.learning_rate or add train.warmup_images"
+        )
 
     # --- state ---
 

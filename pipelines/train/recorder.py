@@ -6,6 +6,7 @@ not be written.
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,8 @@ from pipelines.store import StorageError
 from pipelines.train.checkpoint import Checkpoint
 from pipelines.train.journal import Row
 from pipelines.train.reduce import tree_sum
-from pipelines.train.run import Run
+from pipelines.train.run import LIVE, Run
 
-LIVE = "live.json"
 QUARTILES = 4
 
 Figures = Mapping[str, float]
@@ -71,11 +71,12 @@ class Recorder:
             by_quartile = {
                 f"loss_log_snr_q{q + 1}": float(sums[q] / counts[q]) for q in range(QUARTILES) if counts[q] > 0
             }
+            figures = {"loss": float(totals[i, 0]), **by_quartile, **exact}
             row = Row(
                 step=first + i,
                 images=(first + i) * batch,
                 time_ms=at,
-                exact={"loss": float(totals[i, 0]), **by_quartile, **exact},
+                exact={name: value for name, value in figures.items() if math.isfinite(value)},
                 wall={"images_per_second": rate, **wall},
             )
             self._rows.append(row)
@@ -115,7 +116,8 @@ class Recorder:
             "attempt": self._attempt,
             "images": self._newest.images,
             "images_per_second": self._newest.wall["images_per_second"],
-            "loss": self._newest.exact["loss"],
+            "loss": self._newest.exact.get("loss"),
+            "skipped": self._newest.exact["skipped"],
             "trouble": self._writer.trouble,
         }
         with contextlib.suppress(OSError):

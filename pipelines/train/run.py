@@ -7,9 +7,11 @@ from the present one's.
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
+from socket import gethostname
 from typing import Any, Literal
 
 from pipelines.data.damage import Damage
@@ -24,6 +26,9 @@ from pipelines.train.journal import Journal
 FORMAT = 1
 
 Ask = Literal["checkpoint", "stop"]
+
+LIVE = "live.json"
+"""A picture of the moment, replaced all the time."""
 
 _ASKED = "asked"
 _RUNS_NAMED = 5
@@ -99,6 +104,24 @@ class Run:
         while not (place / f"{number:04d}").claim(b""):
             number += 1
         return number
+
+    def note_worker(self, attempt: int, rank: int) -> None:
+        """Tell which process is a rank of an attempt."""
+        (self.place / "workers" / f"{attempt:04d}-{rank}.json").write_json({"host": gethostname(), "pid": os.getpid()})
+
+    def worker(self, attempt: int, rank: int) -> dict[str, Any] | None:
+        """Host and process id of a rank of an attempt; None where it has not told."""
+        try:
+            return (self.place / "workers" / f"{attempt:04d}-{rank}.json").read_json()
+        except FileNotFoundError:
+            return None
+
+    def live(self) -> dict[str, Any] | None:
+        """The picture of the moment; None before the first."""
+        try:
+            return (self.place / LIVE).read_json()
+        except FileNotFoundError:
+            return None
 
     def record_damage(self, damage: Damage) -> None:
         """Keep which sample was read in place of a damaged one, once, whichever rank or attempt meets it."""

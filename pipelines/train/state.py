@@ -21,6 +21,10 @@ class State:
     def __init__(self, model: nn.Module, train: Train) -> None:
         self._train = train
         self.step = self.images = 0
+        self.skipped = 0
+        """Steps whose gradient was not finite: they moved the clock and nothing else."""
+        self.skipped_in_a_row = 0
+        """Of these, the last ones, if no other step came after them."""
         self._parameters = dict(model.named_parameters())
         self.weights = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in self._parameters.values()]))
         self._optimizer = torch.optim.AdamW(
@@ -39,10 +43,20 @@ class State:
 
     def advance(self, gradient: Tensor, learning_rate: float) -> None:
         """One optimizer step; the clock moves by a batch, and the averages with it."""
-        batch = self._train.global_batch
         self._optimizer.param_groups[0]["lr"] = learning_rate
         self.weights.grad = gradient
         self._optimizer.step()
+        self.skipped_in_a_row = 0
+        self._move_clock()
+
+    def skip(self) -> None:
+        """A step without the optimizer's; the averages go on towards the weights as they are."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self._move_clock()
+
+    def _move_clock(self) -> None:
+        batch = self._train.global_batch
         self.step += 1
         self.images += batch
         for average in (self._ema, *self._profiles.values()):
@@ -54,6 +68,8 @@ class State:
         return Checkpoint(
             step=self.step,
             images=self.images,
+            skipped=self.skipped,
+            skipped_in_a_row=self.skipped_in_a_row,
             model=self._named(_copy(self.weights)),
             ema=self._named(_copy(self._ema.tensors[0])),
             optimizer={k: v for m in moments for k, v in self._named(_copy(self._moments[m]), f"{m}.").items()},
@@ -69,11 +85,12 @@ class State:
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
         self.step, self.images = checkpoint.step, checkpoint.images
+        self.skipped, self.skipped_in_a_row = checkpoint.skipped, checkpoint.skipped_in_a_row
         self.weights.copy_(self._flat(checkpoint.model))
         self._ema.tensors[0].copy_(self._flat(checkpoint.ema))
         for width, average in self._profiles.items():
             average.tensors[0].copy_(self._flat(checkpoint.profiles[width]))
-        self._moments["step"].fill_(float(checkpoint.step))
+        self._moments["step"].fill_(float(checkpoint.step - checkpoint.skipped))
         for moment in ("exp_avg", "exp_avg_sq"):
             self._moments[moment].copy_(self._flat(checkpoint.optimizer, f"{moment}."))
 

@@ -20,7 +20,8 @@ from pipelines.progress import Progress
 from pipelines.session import open_session
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place
-from pipelines.train.run import Run
+from pipelines.train.loop import Trainer, train
+from pipelines.train.run import Run, run_name
 from tests.conftest import tiny_fields, tiny_spec
 from tests.train.train_helpers import trained
 
@@ -133,3 +134,37 @@ def test_a_folder_of_a_model_of_classes_alone_is_a_model_too(tmp_path: Path) -> 
         found = find_model(str(tmp_path / "exported"), session.store, session.tracker)
     assert (found.spec.model.classes, found.spec.model.null_class) == (10, False)
     assert draw(*found.build(), 8, Settings.of(found.spec.sample), range(2)).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("warmup", [0, 100])
+def test_a_learning_rate_that_falls_as_a_cosine(dataset: Dataset, warmup: int, tmp_path: Path) -> None:
+    """Against torch's own scheduler, asked at the images seen since the warm-up. Stopped and gone on with: the same."""
+    spec = tiny_spec(train__images=320, train__decay="cosine", train__warmup_images=warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=spec.train.learning_rate)
+    stock = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=352 - warmup)
+    run = trained(spec, dataset, tmp_path / "at once")
+    for row in run.journal.read(10):
+        stock.last_epoch = row.images - warmup
+        risen = row.images / warmup if row.images < warmup else None
+        expected = stock._get_closed_form_lr()[0] if risen is None else spec.train.learning_rate * risen
+        assert row.exact["learning_rate"] == pytest.approx(expected)
+        assert row.exact["learning_rate"] > 0
+    other = Run.of(spec, dataset.digest, Place.of(tmp_path / "stopped"))
+    other.describe(spec, dataset.digest)
+
+    def stop(trainer: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(spec, dataset, other, at_checkpoint=stop)
+    train(spec, dataset, other)
+    assert other.checkpoints.digests(10) == run.checkpoints.digests(10)
+
+
+def test_only_with_decay_a_longer_run_is_another_run() -> None:
+    for decay in ("constant", "cosine"):
+        short, long = (tiny_spec(train__images=n, train__decay=decay) for n in (320, 640))
+        assert (run_name(short, "digest") == run_name(long, "digest")) == (decay == "constant")
+    assert tiny_spec().training_fields()["train"].keys().isdisjoint({"decay", "images"})
+    whole, half = (tiny_spec(train__images=n, train__decay="cosine") for n in (320, 300))  # both are ten batches
+    assert run_name(whole, "digest") == run_name(half, "digest")

@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from pipelines.errors import Failed
 from pipelines.store import Place
 from pipelines.train.checkpoint import Checkpoint, Checkpoints
 from pipelines.train.loop import Trainer, World, train
-from pipelines.train.recorder import LIVE
 from pipelines.train.run import Run
 from tests.conftest import tiny_spec
 from tests.train.train_helpers import trained
@@ -71,7 +71,7 @@ def test_the_driver_is_told_of_a_full_disk_until_it_is_over(dataset: Dataset, tm
                 trainer.save()
                 trainer.recorder.settle()
             trainer.recorder.show(always=True)
-            told.append((run.place / LIVE).read_json()["trouble"])
+            told.append(run.live()["trouble"])
     assert told[0] is told[2] is None
     assert told[1].startswith("checkpoint 2 could not be written (")
     assert "File too large" in told[1]
@@ -110,7 +110,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
     def late(self: Checkpoints, checkpoint: Checkpoint, keep: int) -> None:
         while trainer.step < 3:  # for ever, if training waited
-            pass
+            time.sleep(0.01)
         steps.append(trainer.step)
         commit(self, checkpoint, keep)
 
