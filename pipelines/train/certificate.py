@@ -39,9 +39,9 @@ class Kill:
     workers: int
     rank: int
     at_step: int
-    """The last step that was seen done."""
+    """The last step that was seen done; some more may have been."""
     lost: int
-    """Steps since the last checkpoint, which were made again."""
+    """Of these, the steps since the last checkpoint, which were made again."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def certify(
         raise UserError(f"--steps {steps}: the spec trains {spec.train.total_steps} steps; give fewer")
     place.remove()
     cluster.connect()
-    undisturbed, disturbed = (_run(spec, dataset, place / name, steps) for name in ("undisturbed", "disturbed"))
+    undisturbed, disturbed = (_begun(spec, dataset, place / name) for name in ("undisturbed", "disturbed"))
     with undisturbed.driving():
         progress.start("undisturbed", f"{steps} steps")
         fit(_shortened(spec, steps, spec.train.workers), dataset, undisturbed)
@@ -123,7 +123,7 @@ class _Disturbance:
         kills: int,
         moments: random.Random,
     ) -> None:
-        self.spec, self.dataset, self.run_, self.progress = spec, dataset, run, progress
+        self.spec, self.dataset, self.disturbed, self.progress = spec, dataset, run, progress
         self.steps, self.kills, self.moments = steps, kills, moments
         self.turns = _numbers_of_workers(spec, cluster)
         self.killed: list[Kill] = []
@@ -147,25 +147,25 @@ class _Disturbance:
 
         def work() -> None:
             try:
-                fit(_shortened(self.spec, self.steps, workers), self.dataset, self.run_)
+                fit(_shortened(self.spec, self.steps, workers), self.dataset, self.disturbed)
             except BaseException as error:  # raised where the turn ends
                 errors.append(error)
             finally:
                 over.set()
 
-        self.run_.forget_asked()
-        before = self.run_.newest_attempt()
+        self.disturbed.forget_asked()
+        before = self.disturbed.newest_attempt()
         threading.Thread(target=work, name="ray-train", daemon=True).start()
         killed = kill_at is None
         for step in self._watched(over):
             if kill_at is None or step < kill_at:
                 continue
-            attempt = self.run_.newest_attempt()
+            attempt = self.disturbed.newest_attempt()
             if not killed and attempt > before:
                 killed = self._kill(attempt, workers, step)
                 kill_at = step + 1  # done again by those who take its place, and one step more
             elif killed and attempt > before + 1:
-                self.run_.ask("stop")
+                self.disturbed.ask("stop")
         if errors:
             raise errors[0]
         if not killed:
@@ -177,24 +177,30 @@ class _Disturbance:
         while not over.wait(_LOOK_SECONDS):
             if time.monotonic() > end:
                 raise Failed(f"verify-resume: the run has not ended after {_PATIENCE_SECONDS:g} s")
-            live = self.run_.live()
+            live = self.disturbed.live()
             step = 0 if live is None else live["images"] // self.spec.train.global_batch
             self.progress.advance(step, self.steps, "steps")
             yield step
 
     def _kill(self, attempt: int, workers: int, step: int) -> bool:
-        """Kill one worker of an attempt, if it is there and a step will be lost; whether it was."""
+        """Kill one worker of an attempt, if it is there; whether a step was lost, without which it is no trial."""
         rank = self.moments.randrange(workers)
-        process = self.run_.worker(attempt, rank)
-        kept = max(self.run_.checkpoints.steps(), default=0)
-        if process is None or process["host"] != gethostname() or step <= kept:
+        process = self.disturbed.worker(attempt, rank)
+        if process is None or step <= self._kept():
             return False
+        if process["host"] != gethostname():
+            raise Failed(f"verify-resume: a worker is on {process['host']}, where it cannot be killed from here")
         try:
             os.kill(process["pid"], signal.SIGKILL)
         except ProcessLookupError:
             return False
-        self.killed.append(Kill(attempt, workers, rank, step, step - kept))
-        return True
+        lost = step - self._kept()  # a checkpoint may have been on its way
+        if lost > 0:
+            self.killed.append(Kill(attempt, workers, rank, step, lost))
+        return lost > 0
+
+    def _kept(self) -> int:
+        return max(self.disturbed.checkpoints.steps(), default=0)
 
 
 def _numbers_of_workers(spec: Spec, cluster: Cluster) -> list[int]:
@@ -204,7 +210,7 @@ def _numbers_of_workers(spec: Spec, cluster: Cluster) -> list[int]:
     return [n for n in fit_in if n != spec.train.workers] + [spec.train.workers]
 
 
-def _run(spec: Spec, dataset: Dataset, store: Place, steps: int) -> Run:
+def _begun(spec: Spec, dataset: Dataset, store: Place) -> Run:
     run = Run.of(spec, dataset.digest, store)
     run.describe(spec, dataset.digest)
     return run
