@@ -18,16 +18,25 @@ from pipelines.errors import UserError
 def test_nothing_listens_beyond_loopback(cluster: Cluster) -> None:
     ray = cluster.connect()
     ray.get(ray.remote(lambda: os.getpid()).remote())
-    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    ours = [p for p in family if any("ray" in word for word in p.cmdline())] + [psutil.Process()]
-    listening = {
-        c.laddr.ip.removeprefix("::ffff:")
-        for process in ours
-        for c in process.net_connections(kind="tcp")
-        if c.status == psutil.CONN_LISTEN
-    }
+    ours = {psutil.Process(), *filter(is_of_ray, psutil.Process().children(recursive=True))}
+    listening = set().union(*map(listens_at, ours))
     assert listening
     assert listening <= {"127.0.0.1", "::1"}
+
+
+def is_of_ray(process: psutil.Process) -> bool:
+    try:
+        return any("ray" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:  # it has ended meanwhile, and a zombie listens to nothing
+        return False
+
+
+def listens_at(process: psutil.Process) -> set[str]:
+    try:
+        found = process.net_connections(kind="tcp")
+    except psutil.NoSuchProcess:
+        return set()
+    return {c.laddr.ip.removeprefix("::ffff:") for c in found if c.status == psutil.CONN_LISTEN}
 
 
 def test_its_folder_is_closed_to_others_and_no_token_file_is_written(cluster: Cluster) -> None:
