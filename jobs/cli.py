@@ -88,7 +88,7 @@ def ingest(
     as_json: Json = False,
 ) -> None:
     """Images become WebDataset shards with an index. A killed ingest goes on with what is missing."""
-    from jobs.live import listener
+    from jobs.live import kept_where_interrupted, listener
     from pipelines.cluster import Cluster
     from pipelines.data.ingest import ingest as ingest_source
     from pipelines.data.manifest import CARD
@@ -97,19 +97,20 @@ def ingest(
     with quiet_stdout(), listener() as progress, said_as_options("SOURCE"), Cluster(None) as cluster:
         progress.start("ingest", source)
         done_before = (Place.of(out) / CARD).exists()
-        dataset = ingest_source(
-            source,
-            Place.of(out),
-            image_size=image_size,
-            channels=channels,
-            held_out=held_out,
-            shard_images=shard_images,
-            resize=resize,
-            drop_duplicates=drop_duplicates,
-            cluster=cluster,
-            workers=workers,
-            progress=lambda done, total: progress.advance(done // 2, total // 2, "images"),
-        )
+        with kept_where_interrupted(progress):
+            dataset = ingest_source(
+                source,
+                Place.of(out),
+                image_size=image_size,
+                channels=channels,
+                held_out=held_out,
+                shard_images=shard_images,
+                resize=resize,
+                drop_duplicates=drop_duplicates,
+                cluster=cluster,
+                workers=workers,
+                progress=lambda done, total: progress.advance(done // 2, total // 2, "images"),
+            )
         told = f"{len(dataset.split('train')):,} + {len(dataset.split('held-out')):,} images"
         progress.finish("ingest", told, skipped=done_before)
     print_result(

@@ -50,7 +50,7 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Make a dataset of tars that are there, which stay as they are where they are."""
-    from jobs.live import listener
+    from jobs.live import kept_where_interrupted, listener
     from pipelines.cluster import Cluster
     from pipelines.data.index import index as index_tars
     from pipelines.data.manifest import CARD
@@ -59,17 +59,18 @@ def index(
     with quiet_stdout(), listener() as progress, said_as_options("TARS"), Cluster(None) as cluster:
         progress.start("index", tars)
         done_before = (Place.of(out or tars) / CARD).exists()
-        dataset = index_tars(
-            Place.of(tars),
-            None if out is None else Place.of(out),
-            image_size=image_size,
-            channels=channels,
-            held_out=held_out,
-            resize=resize,
-            cluster=cluster,
-            workers=workers,
-            progress=lambda done, total: progress.advance(done, total, "tars"),
-        )
+        with kept_where_interrupted(progress):
+            dataset = index_tars(
+                Place.of(tars),
+                None if out is None else Place.of(out),
+                image_size=image_size,
+                channels=channels,
+                held_out=held_out,
+                resize=resize,
+                cluster=cluster,
+                workers=workers,
+                progress=lambda done, total: progress.advance(done, total, "tars"),
+            )
         told = f"{len(dataset.split('train')):,} + {len(dataset.split('held-out')):,} images"
         progress.finish("index", told, skipped=done_before)
     result = {"out": str(dataset.place), **dataset.card}
@@ -152,8 +153,8 @@ def verify(dataset: DatasetFolder, workers: Workers = None, as_json: Json = Fals
     print_result(as_json, asdict(result), lambda: show_verification(result))
     if result.findings:
         raise Failed(
-            f"{place}: {counted(len(result.findings), 'finding')}; bring back what was changed, or ingest the images "
-            "into a new folder"
+            f"{place}: {counted(len(result.findings), 'finding')}; bring back what was changed, or make the dataset "
+            "anew in another folder"
         )
 
 

@@ -66,7 +66,7 @@ def show_verification(result: Verification) -> None:
 def show_difference(told: Difference) -> None:
     """What tells dataset B from dataset A."""
     if told.same:
-        print("the same dataset: the same pixels and labels, in shards of the same sizes")
+        print("the same dataset, by their cards: the same pixels and labels, in shards of the same sizes")
     for name, (one, other) in told.recipe.items():
         if name == "classes":
             alone = [[c for c in mine if c not in theirs] for mine, theirs in ((one, other), (other, one))]

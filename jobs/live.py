@@ -1,8 +1,10 @@
 """How a verb's progress looks: a live view on a terminal, plain lines in a log. Always on stderr."""
 
+import contextlib
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +26,16 @@ from pipelines.progress import Progress as Listener
 from pipelines.progress import plain
 
 _LOG_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def kept_where_interrupted(progress: Listener) -> Iterator[None]:
+    """Say that work which is done piece by piece goes on where it was interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.say("what is finished is kept: the same command goes on with the rest")
+        raise
 
 
 def listener() -> "LiveView | LogLines":

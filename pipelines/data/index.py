@@ -8,7 +8,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -68,13 +68,8 @@ def index(
     Where `out` holds the dataset of these very tars (by name, size and sha256) and settings nothing is done. UserError
     where there is no tar, no picture, a damaged one, or something else in `out`.
     """
-    recipe = Recipe(
-        image_size=image_size,
-        channels=channels,
-        held_out=HELD_OUT_SHARE if held_out is None else held_out,
-        shard_images=1,
-        resize=resize,
-    )
+    share = HELD_OUT_SHARE if held_out is None else held_out
+    recipe = Recipe(image_size=image_size, channels=channels, held_out=share, shard_images=1, resize=resize)
     names = [name for name in tars.find("") if is_tar(name)]
     if not names:
         raise UserError(f"{tars}: there is no .tar below; name a folder of tars, or an s3://bucket/prefix of them")
@@ -84,6 +79,7 @@ def index(
     splits = own_split({name: split_of_file(name) for name in names}) or {}
     if splits and held_out is not None:
         warnings.warn(f"data.held_out: has no effect, for {tars} has a split of its own", stacklevel=2)
+        recipe = replace(recipe, held_out=HELD_OUT_SHARE)
     out = out or tars
     work = _Index(tars, out, recipe, splits, progress or (lambda done, total: None))
     over = functools.partial(over_chunks, cluster=cluster, workers=workers)
@@ -149,9 +145,15 @@ class _Index:
         columns = (there.table[name].to_pylist() for name in ("name", "bytes", "sha256"))
         tars = {name: (size, digest) for name, size, digest in zip(*columns, strict=True)}
         recipe = {name: value for name, value in self.recipe.fields().items() if name != "shard_images"}
-        same = there.card["source"] == {"kind": "tars", "name": str(self.tars)} and recipe.items() <= there.card.items()
-        if not same:
-            raise UserError(f"{self.out}: another dataset is here (digest {there.digest[:12]}); name another folder")
+        beside = self.out == self.tars and there.card["tars"] == BESIDE  # wherever both have been moved to
+        if not beside and there.card["source"] != {"kind": "tars", "name": str(self.tars)}:
+            raise UserError(f"{self.out}: a dataset of other images is here; give --out to make one elsewhere")
+        other = next((name for name, value in recipe.items() if there.card.get(name) != value), None)
+        if other is not None:
+            raise UserError(
+                f"{self.out}: a dataset with other {other} is here; give --out to make one elsewhere, or delete its "
+                f"{CARD} to index anew"
+            )
         known = {*tars, *there.card["without_pictures"]}
         gone = sorted(known.difference(names))
         others = (name for name in names if not self._is_as_it_was(name, known, tars))

@@ -14,7 +14,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +93,7 @@ def ingest(
         raise UserError(f"{out}: data.source lies in it under a name that a dataset has; name another folder")
     if held_out is not None and own_split(source):
         warnings.warn(f"data.held_out: has no effect, for {source.name} has a split of its own", stacklevel=2)
+        recipe = replace(recipe, held_out=HELD_OUT_SHARE)
     work = _Ingest(source, out, recipe, cluster, workers, progress or (lambda done, total: None))
     return work.site.dataset(work.known, work.make)
 

@@ -169,7 +169,9 @@ class Dataset:
         except (FileNotFoundError, NotADirectoryError):
             if not place.exists():
                 raise UserError(f"{place}: there is no such folder; a store keeps its datasets in datasets/") from None
-            raise UserError(f"{place}: no finished dataset here ({CARD} is missing); ingest it again") from None
+            raise UserError(
+                f"{place}: no finished dataset here ({CARD} is missing); `ddpm ingest` makes one of images"
+            ) from None
         except OSError as error:
             raise StorageError(f"{file}: cannot be read: {one_line(error)}") from None
         except RecursionError:

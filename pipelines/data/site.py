@@ -10,6 +10,7 @@ over or deleted but what the mark lists, and where a file of such a name is not 
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -98,6 +99,11 @@ class Site:
             raise UserError(
                 f"{self.out}: an unfinished {found.verb} of {found.source} is here, of other images or settings; "
                 "name another folder, or delete this one if nobody is at it"
+            )
+        if found is not None and found.identity not in ("", self._mark.identity):
+            warnings.warn(
+                f"{self.out}: an unfinished {found.verb} of {found.source}, of other images or settings, is replaced",
+                stacklevel=5,
             )
         self._is_as_it_was = found is None
         self._write(listed)

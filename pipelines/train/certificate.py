@@ -18,7 +18,7 @@ from typing import Any
 from pipelines.cluster import Cluster
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed, UserError
-from pipelines.progress import Progress
+from pipelines.progress import Progress, counted
 from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.train.checkpoint import STATE
@@ -80,7 +80,7 @@ def certify(
         progress.finish("undisturbed", f"{steps} steps")
     seed = random.SystemRandom().randrange(2**32)
     with disturbed.driving():
-        progress.start("disturbed", f"{steps} steps, {kills} kills")
+        progress.start("disturbed", f"{steps} steps, {counted(kills, 'kill')}")
         disturbance = _Disturbance(spec, dataset, disturbed, cluster, progress, steps, kills, random.Random(seed))
         disturbance.run()
         progress.finish("disturbed", f"{steps} steps, {sum(kill.lost for kill in disturbance.killed)} of them again")

@@ -204,7 +204,7 @@ def _fit_and_watch(
 
 def _stop(run: Run, over: threading.Event, progress: Progress) -> None:
     """Have the workers stop after the step in hand, with a checkpoint; for so long they are waited for."""
-    progress.say("stopping after this step, with a checkpoint; interrupt again to leave without")
+    progress.say("stopping after this step, with a checkpoint; interrupt again to leave at once")
     end = time.monotonic() + _STOP_SECONDS
     run.ask("stop")
     while not over.wait(0.5) and time.monotonic() < end:

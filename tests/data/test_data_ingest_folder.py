@@ -246,3 +246,27 @@ def test_a_refused_ingest_at_an_address_removes_nothing_else_there(
     with pytest.raises(UserError, match="cannot be read as an image"):
         ingest(str(pictures), out, progress=bring, image_size=12, channels=3)
     assert out.list() == ["notes.txt"]
+
+
+def test_an_option_without_effect_makes_no_other_dataset(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        draw_pictures(tmp_path / "images" / split, range(6))
+    with pytest.warns(UserWarning, match=r"held_out: has no effect"):
+        first = ingest(str(tmp_path / "images"), Place.of(tmp_path / "out"), image_size=8, channels=3, held_out=0.4)
+    again = ingest(str(tmp_path / "images"), Place.of(tmp_path / "out"), image_size=8, channels=3)
+    assert again.digest == first.digest
+
+
+def test_what_an_unfinished_work_of_other_settings_has_left_is_replaced_with_a_word(tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "images", range(40))
+    with pytest.raises(KeyboardInterrupt):
+        ingest(
+            str(tmp_path / "images"),
+            Place.of(tmp_path / "out"),
+            image_size=8,
+            channels=3,
+            shard_images=7,
+            progress=stop_at(70),
+        )
+    with pytest.warns(UserWarning, match=r"an unfinished ingest of .*/images, of other .* is replaced"):
+        ingest(str(tmp_path / "images"), Place.of(tmp_path / "out"), image_size=8, channels=3, shard_images=9)
