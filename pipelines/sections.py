@@ -200,6 +200,9 @@ class Train(Section):
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = 3
+    """The last so many."""
+    keep_every: PositiveInt | None = None
+    """Steps between checkpoints that are kept for good, beside the last ones."""
     log_every: PositiveInt = 10
     """Steps between rows of the journal."""
     learning_rate: PositiveFloat = 2e-4

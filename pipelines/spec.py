@@ -123,6 +123,7 @@ class Spec(Section):
             "oversubscribe",
             "checkpoint_every",
             "keep_checkpoints",
+            "keep_every",
             "log_every",
         ):
             del train[name]

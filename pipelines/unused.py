@@ -3,6 +3,7 @@
 An option at its default counts as not given: a recorded spec has every default written out.
 """
 
+import math
 import warnings
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -53,6 +54,12 @@ def _of_training(train: Train, model: Model) -> list[str]:
         lines.append(f"train.ema_profiles: {twice[0]:g} is there more than once, and kept once")
     if train.ema_snapshot_every is not None and not train.ema_profiles:
         lines.append("train.ema_snapshot_every: has no effect without train.ema_profiles")
+    if train.keep_every is not None and train.keep_every % train.checkpoint_every:
+        both = math.lcm(train.keep_every, train.checkpoint_every)
+        lines.append(
+            f"train.keep_every: checkpoints are written every {train.checkpoint_every} steps, of which those at "
+            f"multiples of {both} are kept"
+        )
     return lines
 
 

@@ -10,6 +10,7 @@ import yaml
 from pipelines.errors import UserError
 from pipelines.fields import read_yaml
 from pipelines.spec import dump_spec, load_spec, parse_spec
+from pipelines.unused import without_effect
 from tests.conftest import tiny_fields, tiny_spec, write_spec
 
 PRESETS = sorted((Path(__file__).parent.parent / "jobs" / "presets").glob("*.yaml"))
@@ -192,3 +193,11 @@ def test_mistakes_of_yaml_are_told_by_their_place(tmp_path: Path) -> None:
         1: "d",
         "1": "e",
     }
+
+
+def test_keeping_more_checkpoints_makes_no_other_run() -> None:
+    assert tiny_spec(train__keep_every=10).training_fields() == tiny_spec().training_fields()
+    every = tiny_spec().train.checkpoint_every
+    assert without_effect(tiny_spec(train__keep_every=2 * every)) == []
+    (line,) = without_effect(tiny_spec(train__keep_every=every + 1))
+    assert f"at multiples of {every * (every + 1)} are kept" in line

@@ -40,7 +40,7 @@ class Recorder:
         self._run, self._train, self._attempt, self._rank, self._ranks = run, train, attempt, rank, ranks
         self._pending: list[tuple[Tensor, Figures, int, Figures]] = []
         self._rows: list[Row] = []
-        self._writer = _Writer(run, attempt, train.keep_checkpoints)
+        self._writer = _Writer(run, attempt, train)
         self._newest: Row | None = None
         self._live_at = 0.0
         self._mark = (time.perf_counter(), images)
@@ -127,8 +127,8 @@ class Recorder:
 class _Writer:
     """Commits one checkpoint at a time, in a thread of its own."""
 
-    def __init__(self, run: Run, attempt: int, keep: int) -> None:
-        self._run, self._attempt, self._keep = run, attempt, keep
+    def __init__(self, run: Run, attempt: int, train: Train) -> None:
+        self._run, self._attempt, self._train = run, attempt, train
         self._left: tuple[Checkpoint, list[Row]] | None = None
         """What is being written, or could not be."""
         self._thread: threading.Thread | None = None
@@ -171,7 +171,7 @@ class _Writer:
         try:
             check_newest(self._run, self._attempt)
             self._run.journal.commit(self._attempt, rows)
-            self._run.checkpoints.save(checkpoint, keep=self._keep)
+            self._run.checkpoints.save(checkpoint, self._train.keep_checkpoints, self._train.keep_every)
         except (OSError, StorageError) as error:
             self.trouble = f"checkpoint {checkpoint.step} could not be written ({one_line(error)})"
         except BaseException as error:  # raised where it is waited for

@@ -108,11 +108,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     trainer = Trainer(spec, dataset, run, World())
     commit, steps = Checkpoints.save, []
 
-    def late(self: Checkpoints, checkpoint: Checkpoint, keep: int) -> None:
+    def late(self: Checkpoints, checkpoint: Checkpoint, keep: int, every: int | None) -> None:
         while trainer.step < 3:  # for ever, if training waited
             time.sleep(0.01)
         steps.append(trainer.step)
-        commit(self, checkpoint, keep)
+        commit(self, checkpoint, keep, every)
 
     monkeypatch.setattr(Checkpoints, "save", late)
     with trainer.stream() as stream:

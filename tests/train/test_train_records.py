@@ -30,6 +30,15 @@ def test_checkpoint_round_trip_and_thinning(tmp_path: Path) -> None:
     assert set(loaded.optimizer) == {"exp_avg.w"}
 
 
+def test_every_so_many_steps_a_checkpoint_is_kept_for_good(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Place.of(tmp_path))
+    for step in range(5, 50, 5):
+        checkpoints.save(checkpoint(step), keep=2, every=20)
+    assert checkpoints.steps() == [20, 40, 45]
+    checkpoints.save(checkpoint(50), keep=2, every=20)
+    assert checkpoints.steps() == [20, 40, 45, 50]
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: str) -> None:
     checkpoints = Checkpoints(Place.of(tmp_path))
