@@ -94,7 +94,7 @@ def ingest(
     from pipelines.data.manifest import CARD
     from pipelines.store import Place
 
-    with quiet_stdout(), listener() as progress, said_as_options("SOURCE"), Cluster(None) as cluster:
+    with quiet_stdout(), listener() as progress, said_as_options("SOURCE", progress.say), Cluster(None) as cluster:
         progress.start("ingest", source)
         done_before = (Place.of(out) / CARD).exists()
         with kept_where_interrupted(progress):

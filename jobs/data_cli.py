@@ -56,7 +56,7 @@ def index(
     from pipelines.data.manifest import CARD
     from pipelines.store import Place
 
-    with quiet_stdout(), listener() as progress, said_as_options("TARS"), Cluster(None) as cluster:
+    with quiet_stdout(), listener() as progress, said_as_options("TARS", progress.say), Cluster(None) as cluster:
         progress.start("index", tars)
         done_before = (Place.of(out or tars) / CARD).exists()
         with kept_where_interrupted(progress):

@@ -8,7 +8,9 @@ from typing import TextIO
 
 from pipelines.errors import UserError
 
-_FIELD = re.compile(r"\bdata\.([a-z_]+)")
+_FIELDS = "source|image_size|channels|resize|held_out|drop_duplicates|shard_images|workers"
+_FIELD = re.compile(rf"(?<![\w./-])data\.({_FIELDS})\b")
+"""A field's name, which is no part of a file's."""
 
 
 def warnings_to(say: Callable[[str], object]) -> None:
@@ -30,27 +32,16 @@ def warnings_to(say: Callable[[str], object]) -> None:
 
 
 @contextlib.contextmanager
-def said_as_options(source: str) -> Iterator[None]:
-    """Errors and warnings name what was typed, `--held-out` for the spec's field data.held_out; `source` for
-    data.source.
+def said_as_options(source: str, say: Callable[[str], object]) -> Iterator[None]:
+    """Errors, and warnings through `say`, name what was typed: `--held-out` for the spec's field data.held_out,
+    `source` for data.source.
     """
 
     def typed(match: re.Match[str]) -> str:
         return source if match[1] == "source" else f"--{match[1].replace('_', '-')}"
 
     before = warnings.showwarning
-
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        before(_FIELD.sub(typed, str(message)), category, filename, lineno, file, line)
-
-    warnings.showwarning = show
+    warnings_to(lambda line: say(_FIELD.sub(typed, line)))
     try:
         yield
     except UserError as error:

@@ -22,8 +22,9 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipelines.errors import UserError, one_line
+from pipelines.files import RangeFile, StorageError
 from pipelines.s3_connection import Abandoned, Endpoint, connect
-from pipelines.store import TEMPORARY, DamageError, Place, RangeFile, StorageError
+from pipelines.store import TEMPORARY, DamageError, Place
 
 REQUEST_BYTES = 8 * 2**20
 """Most bytes that are asked for at once."""

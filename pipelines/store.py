@@ -12,15 +12,15 @@ import json
 import os
 import shutil
 import uuid
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-from pipelines.errors import Failed, UserError, one_line
+from pipelines.errors import UserError, one_line
+from pipelines.files import LocalFile, RangeFile, StorageError
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_FORMAT = 1
@@ -29,22 +29,6 @@ TEMPORARY = ".tmp-"
 
 class DamageError(ValueError):
     """Stored bytes are not what their record says; the message names the file."""
-
-
-class StorageError(Failed):
-    """The storage does not answer as it should: what is stored may well be whole. The message names the file."""
-
-
-class RangeFile(Protocol):
-    """A file open for reading anywhere. Threads may share it; it is closed with its last reference at the latest."""
-
-    gap: int
-    """Bytes that are sooner read than skipped by another request; 0 where requests cost nothing."""
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on, fewer where the file ends before. StorageError where they cannot be had."""
-
-    def close(self) -> None: ...
 
 
 def canonical_json(value: Any) -> str:
@@ -300,27 +284,6 @@ class Place:
                 yield
             finally:
                 file.truncate(0)
-
-
-class LocalFile:
-    """A `RangeFile` on this host, of a descriptor that it takes over."""
-
-    gap = 0
-
-    def __init__(self, name: str, descriptor: int) -> None:
-        self._name, self._descriptor = name, descriptor
-        # With the last reference: another thread may be reading a file that its opener has done with.
-        self._close = weakref.finalize(self, os.close, descriptor)
-        self._close.atexit = False  # the end of the process closes it too, and a thread may still be reading then
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        try:
-            return os.pread(self._descriptor, size, offset)
-        except OSError as error:
-            raise StorageError(f"{self._name}: cannot be read: {one_line(error)}") from None
-
-    def close(self) -> None:
-        self._close()
 
 
 def check_writable(place: Place) -> None:

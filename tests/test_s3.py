@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from pipelines.errors import Failed, UserError
+from pipelines.files import StorageError
 from pipelines.s3 import REQUEST_BYTES, Patience, S3Place
-from pipelines.store import Place, StorageError, check_writable
+from pipelines.store import Place, check_writable
 from tests.s3_faults import (
     BUCKET,
     HASTE,

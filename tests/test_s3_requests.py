@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from pipelines.files import StorageError
 from pipelines.s3 import Patience, S3Place
-from pipelines.store import StorageError
 from tests.s3_faults import BUCKET, HASTE, LATE, FaultyProxy, set_environment
 
 SLOW = Patience(connect_seconds=1, stall_seconds=2, request_seconds=0.5, attempts=3, pause_seconds=0.01)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from pipelines.errors import UserError
+from pipelines.files import StorageError
 from pipelines.session import storage_of
-from pipelines.store import MANIFEST, DamageError, Place, StorageError, check_writable
+from pipelines.store import MANIFEST, DamageError, Place, check_writable
 
 
 def test_write_replaces_whole_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from pipelines.data.manifest import Shard
 from pipelines.errors import UserError, one_line
-from pipelines.store import DamageError, LocalFile, Place
+from pipelines.files import LocalFile
+from pipelines.store import DamageError, Place
 
 STALL_SECONDS = 60.0
 """How long another process is waited for that has a lock and does nothing."""

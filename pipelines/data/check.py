@@ -36,8 +36,9 @@ from pipelines.data.sources import NO_LABEL
 from pipelines.data.sources.files import reason
 from pipelines.data.sources.notes import ENDINGS, LabelError, sample_key
 from pipelines.errors import UserError, one_line
+from pipelines.files import StorageError
 from pipelines.progress import counted
-from pipelines.store import DamageError, Place, StorageError
+from pipelines.store import DamageError, Place
 
 _MAX_PIXELS = 2**26
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

@@ -10,7 +10,8 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pipelines.store import Place, RangeFile
+from pipelines.files import RangeFile
+from pipelines.store import Place
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_EXTRA = 2**20

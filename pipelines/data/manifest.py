@@ -30,8 +30,9 @@ from pipelines.data.decode import Fit
 from pipelines.data.order import Order
 from pipelines.data.recipe import fit_stored
 from pipelines.errors import UserError, one_line
+from pipelines.files import StorageError
 from pipelines.s3 import insist
-from pipelines.store import DamageError, Place, StorageError, sha256
+from pipelines.store import DamageError, Place, sha256
 
 FORMAT = 2
 CARD = "dataset.json"

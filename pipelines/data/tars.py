@@ -18,8 +18,9 @@ from pipelines.data.decode import MAX_MEMBER_BYTES, Decode, Decoder
 from pipelines.data.manifest import Split, read_index
 from pipelines.data.order import Ints
 from pipelines.data.sources.files import reason
+from pipelines.files import RangeFile
 from pipelines.s3 import insist, pauses_of
-from pipelines.store import DamageError, RangeFile
+from pipelines.store import DamageError
 
 _RUN_BYTES = 8 * 2**20
 _Spans = dict[int, tuple[int, int]]  # offset and size of each member, by its place in what is asked for

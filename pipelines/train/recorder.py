@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.errors import Failed, one_line
+from pipelines.files import StorageError
 from pipelines.sections import Train
-from pipelines.store import StorageError
 from pipelines.train.checkpoint import Checkpoint
 from pipelines.train.journal import Row
 from pipelines.train.reduce import tree_sum

@@ -20,7 +20,8 @@ from pipelines.data.manifest import FORMAT, INDEX_COLUMNS, Dataset, Split, read_
 from pipelines.data.reader import Reader
 from pipelines.data.shards import encode_png
 from pipelines.errors import UserError
-from pipelines.store import DamageError, Place, StorageError
+from pipelines.files import StorageError
+from pipelines.store import DamageError, Place
 from tests.data.dataset_helpers import change_index, change_table, flip, noise, patch, read_rows, reseal, write_dataset
 
 BOTH = pytest.mark.parametrize("cache", [0, 2**20], ids=["pread", "cached"])

@@ -15,7 +15,8 @@ import pytest
 from pipelines.data.manifest import Dataset
 from pipelines.data.order import owned_slots
 from pipelines.data.reader import Reader, SlotStream
-from pipelines.store import DamageError, StorageError
+from pipelines.files import StorageError
+from pipelines.store import DamageError
 from tests.data.dataset_helpers import noise, write_dataset
 from tests.s3_faults import wait_until
 

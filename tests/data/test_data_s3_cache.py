@@ -16,8 +16,9 @@ from pipelines.data.cache import ShardCache
 from pipelines.data.manifest import Dataset, Shard
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
+from pipelines.files import StorageError
 from pipelines.s3 import S3Place
-from pipelines.store import DamageError, StorageError
+from pipelines.store import DamageError
 from tests.data.dataset_helpers import flip, noise, read_rows, write_dataset
 from tests.s3_faults import (
     BUCKET,

@@ -12,8 +12,9 @@ import pytest
 from pipelines.data.cache import ShardCache
 from pipelines.data.manifest import Dataset, Split
 from pipelines.data.reader import Damage, Reader, SlotStream
+from pipelines.files import StorageError
 from pipelines.s3 import S3Place
-from pipelines.store import DamageError, StorageError
+from pipelines.store import DamageError
 from tests.data.dataset_helpers import noise, read_rows, write_dataset
 from tests.s3_faults import (
     BUCKET,
