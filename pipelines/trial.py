@@ -13,7 +13,7 @@ from pipelines.evaluate.job import held_out_bits, sampled_frechet
 from pipelines.models import of_checkpoint
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place
-from pipelines.train.driver import fit
+from pipelines.train.group import fit
 from pipelines.train.loop import Trainer, train
 from pipelines.train.run import Run
 

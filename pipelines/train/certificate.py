@@ -22,7 +22,7 @@ from pipelines.progress import Progress, counted
 from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.train.checkpoint import STATE
-from pipelines.train.driver import fit
+from pipelines.train.group import fit
 from pipelines.train.run import Run, environment
 
 _LOOK_SECONDS = 0.02
