@@ -1,0 +1,96 @@
+"""Kills that cost a run steps."""
+
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+
+from tests.faults.command import Command, Moment, a_while, end_by
+
+WRITE_SECONDS = 0.01
+"""Longest time from the sight of a half-written checkpoint to the kill."""
+
+Deed = Callable[[Command, Moment], bool]
+"""Kills something of an attempt; False where it came too late to be what was meant."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One that counts."""
+
+    what: str
+    attempt: int
+    at_step: int
+    """The last step that the killed attempt told of."""
+    lost: int
+    """Steps of these that the next attempt had to make again."""
+
+
+def kill(what: str, deed: Deed, of: Command, at_step: int, after_attempt: int) -> Kill:
+    """Do it at that step or later, again and again until it has cost a step; the next attempt goes on from there."""
+    while True:
+        moment = of.reach(at_step, after_attempt)
+        meant = deed(of, moment)
+        last = of.moment()
+        step = last.step if last.attempt == moment.attempt else moment.step
+        of.reach_attempt(after=moment.attempt)
+        if meant and step > of.kept():
+            return Kill(what, moment.attempt, step, step - of.kept())
+        after_attempt = moment.attempt
+
+
+def worker(workers: int, moments: random.Random) -> Deed:
+    """One rank of so many."""
+
+    def deed(of: Command, moment: Moment) -> bool:
+        a_while(moments, 0.3)
+        return _killed(of.worker(moment.attempt, moments.randrange(workers)))
+
+    return deed
+
+
+def controller(moments: random.Random) -> Deed:
+    """Ray Train's own."""
+
+    def deed(of: Command, moment: Moment) -> bool:
+        a_while(moments, 0.3)
+        return _killed(of.controller())
+
+    return deed
+
+
+def driver(moments: random.Random, *options: str) -> Deed:
+    """The command itself, and with it the whole of Ray; then it is given again."""
+
+    def deed(of: Command, moment: Moment) -> bool:
+        a_while(moments, 0.3)
+        of.kill()
+        of.start(*options)
+        return True
+
+    return deed
+
+
+def writer(moments: random.Random) -> Deed:
+    """Rank 0, while it writes a checkpoint."""
+
+    def deed(of: Command, moment: Moment) -> bool:
+        rank_0 = of.worker(moment.attempt, 0)
+        kept = of.kept()
+        of.reach_write()
+        a_while(moments, WRITE_SECONDS)
+        if not _killed(rank_0):
+            return False
+        return of.kept() == kept and bool(of.half_written())
+
+    return deed
+
+
+def _killed(process: psutil.Process) -> bool:
+    try:
+        end_by(signal.SIGKILL, process)
+    except psutil.NoSuchProcess:
+        return False
+    return True

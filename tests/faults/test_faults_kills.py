@@ -1,0 +1,39 @@
+"""Twenty kills at moments drawn at random, each of which costs steps, change no bit of what is trained."""
+
+import random
+
+import pytest
+
+from tests.faults import killing
+from tests.faults.command import Command
+from tests.faults.conftest import STEPS, Tell
+from tests.faults.evidence import assert_same_bits
+
+WORKERS = 2
+KILLS = {"worker": 8, "controller": 3, "driver": 3, "writer of a checkpoint": 3}
+ON = (f"--set=train.workers={WORKERS}",)
+
+
+@pytest.mark.faults
+def test_kills_of_workers_controller_driver_and_writer_change_no_bit(
+    undisturbed: Command, disturbed: Command, moments: random.Random, tell: Tell
+) -> None:
+    deeds = {
+        "worker": killing.worker(WORKERS, moments),
+        "controller": killing.controller(moments),
+        "driver": killing.driver(moments, *ON),
+        "writer of a checkpoint": killing.writer(moments),
+    }
+    what = [name for name, times in KILLS.items() for _ in range(times)]
+    moments.shuffle(what)
+    disturbed.start(*ON)
+    attempt = 0
+    for number, name in enumerate(what):
+        first, last = (STEPS * part // (len(what) + 1) for part in (number, number + 1))
+        kill = killing.kill(name, deeds[name], disturbed, moments.randint(first + 1, last), attempt)
+        tell(f"  kill {number + 1}: {kill}")
+        assert kill.lost >= 1
+        attempt = kill.attempt
+    ended = disturbed.finish()
+    assert ended.result["attempts"] > len(what)
+    assert_same_bits(undisturbed, disturbed)

@@ -1,0 +1,86 @@
+"""The storage fills up in mid-run: training goes on and says so, and ends whole when there is room again."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.command import Command, a_while, command, wait_for
+from tests.faults.conftest import STEPS
+from tests.faults.evidence import assert_same_bits
+
+STORE_BYTES = 64 * 2**20
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, not large. Skips where none may be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ("mount", "-t", "tmpfs", "-o", f"size={STORE_BYTES}", "tmpfs", str(folder))
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(("umount", "--lazy", str(folder)), check=True)
+
+
+@pytest.fixture
+def confined(small: Path, spec: Path) -> Iterator[Command]:
+    """The disturbed run, its store on that."""
+    with command(spec, small / "store") as given:
+        yield given
+
+
+def fill(folder: Path) -> Path:
+    """Take all room there is."""
+    filler = folder / "filler"
+    with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as file:
+        for size in (2**20, 2**12, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+    return filler
+
+
+@pytest.mark.faults
+def test_training_goes_on_while_the_storage_is_full_and_ends_whole_when_there_is_room(
+    small: Path, confined: Command, undisturbed: Command, moments: random.Random
+) -> None:
+    confined.start()
+    confined.reach(moments.randint(1, STEPS // 3))
+    filler = fill(small)
+    kept = confined.kept()
+    wait_for(lambda: "training goes on" in confined.said() or None, "a warning of the full storage", confined)
+    assert "No space left on device" in confined.said()
+    assert kept <= confined.kept() <= kept + 15
+    for step in confined.run.checkpoints.steps():
+        assert confined.run.checkpoints.verifies(step)
+    a_while(moments, 2.0)
+    filler.unlink()
+    assert confined.finish().result["attempts"] == 1, "it was not started again for that"
+    assert_same_bits(undisturbed, confined)
+
+
+@pytest.mark.faults
+def test_an_interrupt_while_the_storage_is_full_keeps_the_older_checkpoint(
+    small: Path, confined: Command, undisturbed: Command, moments: random.Random
+) -> None:
+    confined.start()
+    confined.reach(moments.randint(20, STEPS // 3))
+    filler = fill(small)
+    a_while(moments, 2.0)
+    confined.process.send_signal(signal.SIGINT)
+    ended = confined.end(25)
+    assert ended.code == 130, ended.said
+    assert f"keeps step {confined.kept():,}" in ended.said
+    filler.unlink()
+    confined.start()
+    confined.finish()
+    assert_same_bits(undisturbed, confined)

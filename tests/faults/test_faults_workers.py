@@ -1,0 +1,49 @@
+"""Another number of workers from one start to the next, and workers that end in other ways than by a kill."""
+
+import random
+import signal
+
+import pytest
+
+from tests.faults.command import Command, a_while, end_by
+from tests.faults.conftest import STEPS
+from tests.faults.evidence import assert_same_bits
+
+TURNS = (1, 2, 1, 4)
+
+
+@pytest.mark.faults
+def test_other_numbers_of_workers_in_mid_run_change_no_bit(
+    undisturbed: Command, disturbed: Command, moments: random.Random
+) -> None:
+    attempt = 0
+    for number, workers in enumerate(TURNS):
+        disturbed.start(f"--set=train.workers={workers}")
+        if number == len(TURNS) - 1:
+            break
+        first, last = (STEPS * part // len(TURNS) for part in (number, number + 1))
+        moment = disturbed.reach(moments.randint(first + 1, last), attempt)
+        assert disturbed.run.worker(moment.attempt, workers - 1) is not None
+        assert disturbed.run.worker(moment.attempt, workers) is None
+        if moments.random() < 0.5:
+            disturbed.kill()
+        else:
+            disturbed.process.send_signal(signal.SIGINT)
+            assert disturbed.end().code == 130
+        attempt = disturbed.run.newest_attempt()
+    disturbed.finish()
+    last = disturbed.run.newest_attempt()
+    assert disturbed.run.worker(last, TURNS[-1] - 1) is not None
+    assert_same_bits(undisturbed, disturbed)
+
+
+@pytest.mark.faults
+def test_a_worker_that_is_told_to_end_is_replaced(
+    undisturbed: Command, disturbed: Command, moments: random.Random
+) -> None:
+    disturbed.start("--set=train.workers=2")
+    moment = disturbed.reach(moments.randint(1, STEPS // 2))
+    a_while(moments, 0.3)
+    end_by(signal.SIGTERM, disturbed.worker(moment.attempt, moments.randrange(2)))
+    assert disturbed.finish().result["attempts"] == moment.attempt + 1
+    assert_same_bits(undisturbed, disturbed)
