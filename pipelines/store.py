@@ -230,10 +230,10 @@ class Place:
             raise DamageError(f"{self / MANIFEST} is missing") from None
         except ValueError as error:
             raise DamageError(f"{self / MANIFEST} is not JSON: {error}") from None
-        if manifest.get("format") != MANIFEST_FORMAT:
-            raise UserError(
-                f"{self / MANIFEST} has format {manifest.get('format')}: this version reads {MANIFEST_FORMAT}"
-            )
+        if not (isinstance(manifest, dict) and {"format", "files"} <= manifest.keys()):
+            raise DamageError(f"{self / MANIFEST} is not a manifest")
+        if manifest["format"] != MANIFEST_FORMAT:
+            raise UserError(f"{self / MANIFEST} has format {manifest['format']}: this version reads {MANIFEST_FORMAT}")
         files = {}
         for name in names or manifest["files"]:
             try:

@@ -58,6 +58,22 @@ def test_folder_is_read_back_and_damage_is_named(tmp_path: Path) -> None:
         folder.read_folder()
 
 
+def test_each_flipped_bit_of_a_manifest_is_damage_or_a_format_that_is_not_read(tmp_path: Path) -> None:
+    folder = Place.of(tmp_path) / "step"
+    folder.commit_folder({"model.safetensors": b"12345", "state.json": b"678"})
+    whole = (folder / MANIFEST).read()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / MANIFEST).path.write_bytes(flipped)
+        with pytest.raises((DamageError, UserError), match=r"step/|has format [3590]: this version reads 1"):
+            folder.read_folder()
+    for cut in range(len(whole) - 1):  # the last one is the end of the line
+        (folder / MANIFEST).path.write_bytes(whole[:cut])
+        with pytest.raises(DamageError):
+            folder.read_folder()
+
+
 def test_temporaries_are_invisible_and_swept(tmp_path: Path) -> None:
     (tmp_path / ".tmp-abc").mkdir()
     (tmp_path / ".tmp-abc" / "x").write_text("half")

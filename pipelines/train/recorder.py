@@ -21,7 +21,7 @@ from pipelines.sections import Train
 from pipelines.train.checkpoint import Checkpoint
 from pipelines.train.journal import Row
 from pipelines.train.reduce import tree_sum
-from pipelines.train.run import LIVE, Run
+from pipelines.train.run import Run
 
 QUARTILES = 4
 
@@ -121,7 +121,9 @@ class Recorder:
             "trouble": self._writer.trouble,
         }
         with contextlib.suppress(OSError):
-            (self._run.place / LIVE).write_json(live)
+            shown = self._run.live()
+            if shown is None or shown["attempt"] <= self._attempt:  # else a later attempt drives the run
+                self._run.show(live)
 
 
 class _Writer:

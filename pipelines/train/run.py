@@ -9,7 +9,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from socket import gethostname
 from typing import Any, Literal
@@ -30,7 +30,7 @@ Ask = Literal["checkpoint", "stop"]
 LIVE = "live.json"
 """A picture of the moment, replaced all the time."""
 
-_ASKED = "asked"
+_ASKED: dict[Ask, str] = {"stop": "asked-to-stop", "checkpoint": "asked-for-checkpoint"}
 _RUNS_NAMED = 5
 
 
@@ -83,19 +83,16 @@ class Run:
 
     def ask(self, what: Ask) -> None:
         """Ask who trains the run for a checkpoint at once, or to stop with one."""
-        (self.place / _ASKED).write(what.encode())
+        (self.place / _ASKED[what]).write(b"")  # for which a full disk has room, too
 
     def asked(self) -> Ask | None:
-        """What is asked of who trains the run."""
-        try:
-            word = (self.place / _ASKED).read().decode()
-        except FileNotFoundError:
-            return None
-        return "stop" if word == "stop" else "checkpoint"
+        """What is asked of who trains the run; to stop, where both are."""
+        return next((what for what in _ASKED if (self.place / _ASKED[what]).exists()), None)
 
     def forget_asked(self) -> None:
         """What was asked is done, or was asked of an earlier driver's workers."""
-        (self.place / _ASKED).delete()
+        for name in _ASKED.values():
+            (self.place / name).delete()
 
     def claim_attempt(self) -> int:
         """A number higher than every earlier attempt's."""
@@ -116,11 +113,21 @@ class Run:
         except FileNotFoundError:
             return None
 
+    def show(self, live: Mapping[str, Any]) -> None:
+        """Replace the picture of the moment; in place where a full disk has no room for another."""
+        data = canonical_json(live).encode()
+        try:
+            (self.place / LIVE).write(data)
+        except OSError:
+            with open((self.place / LIVE).path, "r+b", buffering=0) as file:
+                file.write(data)
+                file.truncate()
+
     def live(self) -> dict[str, Any] | None:
-        """The picture of the moment; None before the first."""
+        """The picture of the moment; None before the first, and where it is just being replaced in place."""
         try:
             return (self.place / LIVE).read_json()
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
 
     def record_damage(self, damage: Damage) -> None:

@@ -23,8 +23,9 @@ from tests.conftest import tiny_fields
 PATIENCE_SECONDS = 180.0
 """Longest wait for anything but the run's end, on a machine that does other things beside."""
 ENDS_SECONDS = 600.0
-LINGERS_SECONDS = 30.0
-"""Longest life of Ray's processes after that of the command that started them."""
+LINGERS_SECONDS = 90.0
+"""Longest life of Ray's processes after that of the command that started them: what computes ends within seconds, but
+the two agents look for their dead Ray for a minute."""
 _LOOK_SECONDS = 0.01
 _WRITE_LOOK_SECONDS = 0.0005
 
@@ -121,18 +122,17 @@ class Command:
         return ended
 
     def family(self) -> set[psutil.Process]:
-        """The command's process and all that descend from it."""
+        """The command's process and all that descend from it, now and at earlier looks."""
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.process.pid)
             self._family |= {process, *process.children(recursive=True)}
         return self._family
 
     def kill(self) -> None:
-        """SIGKILL to the command; what it started must end by itself."""
-        family = self.family()
+        """SIGKILL to the command; what it started has not ended yet."""
+        self.family()
         self.process.kill()
         self.process.wait()
-        assert_gone(family)
 
     def put_away(self) -> None:
         """Kill what is left of it, of a test that failed."""
@@ -228,10 +228,11 @@ class Command:
 
 @contextmanager
 def command(spec: Path, store: Path, environment: dict[str, str] | None = None) -> Iterator[Command]:
-    """A command that leaves nothing behind."""
+    """A command, however often it is killed, that leaves nothing behind."""
     given = Command(spec, store, environment)
     try:
         yield given
+        assert_gone(given.family())
     finally:
         given.put_away()
 

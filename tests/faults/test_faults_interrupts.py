@@ -17,12 +17,12 @@ SECONDS = 20.0
 
 
 def before_ray(of: Command, moments: random.Random) -> None:
-    wait_for(lambda: "ingest:" in of.said() or None, "the first line", of)
+    wait_for(lambda: "ingest:" in of.said(), "the first line", of)
     a_while(moments, 1.0)
 
 
 def as_ray_starts(of: Command, moments: random.Random) -> None:
-    wait_for(lambda: "train: 1 worker starts" in of.said() or None, "the start of training", of)
+    wait_for(lambda: "train: 1 worker starts" in of.said(), "the start of training", of)
     a_while(moments, 8.0)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.store import Place
+from pipelines.train.run import Run
 from tests.faults.command import Command, a_while, command, wait_for
 from tests.faults.conftest import STEPS
 from tests.faults.evidence import assert_same_bits
@@ -49,6 +51,23 @@ def fill(folder: Path) -> Path:
     return filler
 
 
+def test_who_trains_and_who_drives_understand_each_other_where_no_byte_is_left(small: Path) -> None:
+    run = Run(Place.of(small / "run"))
+    run.show({"attempt": 1, "trouble": "no more than this for a beginning"})
+    fill(small)
+    with pytest.raises(OSError, match="No space left"):
+        (run.place / "another").write(b"word")
+    for trouble in ("checkpoint 5 could not be written (No space left on device)", None):
+        run.show({"attempt": 1, "trouble": trouble})
+        assert run.live() == {"attempt": 1, "trouble": trouble}
+    run.ask("checkpoint")
+    assert run.asked() == "checkpoint"
+    run.ask("stop")
+    assert run.asked() == "stop"
+    run.forget_asked()
+    assert run.asked() is None
+
+
 @pytest.mark.faults
 def test_training_goes_on_while_the_storage_is_full_and_ends_whole_when_there_is_room(
     small: Path, confined: Command, undisturbed: Command, moments: random.Random
@@ -57,7 +76,7 @@ def test_training_goes_on_while_the_storage_is_full_and_ends_whole_when_there_is
     confined.reach(moments.randint(1, STEPS // 3))
     filler = fill(small)
     kept = confined.kept()
-    wait_for(lambda: "training goes on" in confined.said() or None, "a warning of the full storage", confined)
+    wait_for(lambda: "training goes on" in confined.said(), "a warning of the full storage", confined)
     assert "No space left on device" in confined.said()
     assert kept <= confined.kept() <= kept + 15
     for step in confined.run.checkpoints.steps():

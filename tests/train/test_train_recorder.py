@@ -77,6 +77,24 @@ def test_the_driver_is_told_of_a_full_disk_until_it_is_over(dataset: Dataset, tm
     assert "File too large" in told[1]
 
 
+def test_who_was_superseded_speaks_no_more_for_the_run(dataset: Dataset, tmp_path: Path) -> None:
+    spec = tiny_spec(train__log_every=1)
+    run = Run.of(spec, dataset.digest, Place.of(tmp_path))
+    run.describe(spec, dataset.digest)
+    earlier, later = (Trainer(spec, dataset, run, World()) for _ in range(2))
+    with earlier.stream() as images, later.stream() as same:
+        for trainer, stream, times in ((earlier, images, 1), (later, same, 1), (earlier, images, 2)):
+            for _ in range(times):
+                trainer.take_step(stream)
+                trainer.recorder.show(always=True)
+        assert (run.live()["attempt"], run.live()["images"]) == (2, 32)
+        earlier.save()
+        with pytest.raises(RuntimeError, match=r"attempt 1 of run .* was superseded"):
+            earlier.recorder.settle()
+    assert run.checkpoints.steps() == []
+    assert list(run.journal.read(10**9)) == []
+
+
 def test_a_last_checkpoint_that_cannot_be_written_is_no_clean_end(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
