@@ -1,5 +1,5 @@
 # Everything below sets itself up: `make demo` and `make test` work in a fresh clone.
-.PHONY: demo test lint cluster clean
+.PHONY: demo test lint cluster faults clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -22,6 +22,9 @@ test: $(READY)  ## the tests, in two processes, of which one has the only Ray
 
 cluster: $(READY)  ## the tests that start a cluster of their own
 	$(BIN)/python -m pytest -m cluster
+
+faults: $(READY)  ## kills, outages and damage through the real product, at moments drawn from FAULTS_SEED (said at the start)
+	$(BIN)/python -m pytest -m faults tests/faults
 
 lint: $(READY)  ## lint, format, types, import contract
 	$(BIN)/ruff check .

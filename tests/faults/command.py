@@ -123,9 +123,10 @@ class Command:
 
     def family(self) -> set[psutil.Process]:
         """The command's process and all that descend from it, now and at earlier looks."""
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.process.pid)
-            self._family |= {process, *process.children(recursive=True)}
+        if self._process is not None:
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(self._process.pid)
+                self._family |= {process, *process.children(recursive=True)}
         return self._family
 
     def kill(self) -> None:
@@ -136,8 +137,7 @@ class Command:
 
     def put_away(self) -> None:
         """Kill what is left of it, of a test that failed."""
-        left = self.family()
-        for process in left:
+        for process in self.family():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         if self._process is not None:

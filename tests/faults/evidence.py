@@ -6,22 +6,25 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from pipelines.train.checkpoint import EMA, MODEL, OPTIMIZER
+from pipelines.train.run import Run
 from tests.faults.command import Command
 
 
 def assert_same_bits(one: Command, other: Command) -> None:
-    """Weights, averages and optimizer of the last checkpoints are the same files, the journals tell of each step once
-    and alike, and so do the trackers.
-    """
-    step = one.kept()
-    assert other.kept() == step
+    """Two runs ended at the same step with the same bits, and so tell their trackers."""
+    assert one.kept() == other.kept()
+    assert_same_training(one.run, other.run, one.kept())
+    assert tracked(one) == tracked(other)
+
+
+def assert_same_training(one: Run, other: Run, step: int) -> None:
+    """Weights, averages and optimizer of a step are the same files, and the journals tell of each step once, alike."""
     for name in (MODEL, EMA, OPTIMIZER):
-        files = [(of.run.checkpoints.at(step) / name).read() for of in (one, other)]
+        files = [(run.checkpoints.at(step) / name).read() for run in (one, other)]
         assert files[0] == files[1], f"{name} of step {step} differs"
-    rows = [[(row.step, row.images, row.exact) for row in of.run.journal.read(step)] for of in (one, other)]
+    rows = [[(row.step, row.images, row.exact) for row in run.journal.read(step)] for run in (one, other)]
     assert [row[0] for row in rows[0]] == list(range(1, step + 1))
     assert rows[0] == rows[1]
-    assert tracked(one) == tracked(other)
 
 
 def tracked(of: Command) -> dict[str, dict[int, float]]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -42,7 +42,8 @@ def earlier_worker(of: Command, whole: Command) -> Iterator[psutil.Popen]:
         try:
             yield process
         finally:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def look(found: Callable[[], object]) -> None:
