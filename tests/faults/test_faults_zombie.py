@@ -24,7 +24,8 @@ from tests.faults.evidence import assert_same_bits
 
 _TRAIN = """
 import json, sys
-from pipelines.train.loop import World, train_from_config
+from pipelines.train.loop import train_from_config
+from pipelines.train.world import World
 train_from_config(json.loads(sys.argv[1]), World())
 """
 
