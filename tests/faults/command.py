@@ -1,5 +1,6 @@
 """`ddpm train` as somebody else's process, whose run is watched from outside and whose processes are killed."""
 
+import itertools
 import json
 import os
 import random
@@ -32,7 +33,7 @@ _WRITE_LOOK_SECONDS = 0.0005
 T = TypeVar("T")
 
 BATCH = 64
-EVERY = 15
+EVERY = 20
 
 
 def write_spec(path: Path, steps: int, **overrides: Any) -> Path:
@@ -209,7 +210,14 @@ class Command:
     def worker(self, attempt: int, rank: int) -> psutil.Process:
         """The process of a rank."""
         told = wait_for(lambda: self.run.worker(attempt, rank), f"rank {rank} of attempt {attempt}", self)
-        return psutil.Process(told["pid"])
+        process = psutil.Process(told["pid"])
+        assert process.cmdline()[0].startswith("ray::"), f"{process} is not the worker that was"
+        return process
+
+    def workers(self, attempt: int) -> list[psutil.Process]:
+        """The processes of all ranks that have told of themselves and are alive."""
+        told = itertools.takewhile(bool, (self.run.worker(attempt, rank) for rank in itertools.count()))
+        return [psutil.Process(one["pid"]) for one in told if psutil.pid_exists(one["pid"])]
 
     def controller(self) -> psutil.Process:
         """The process of Ray Train's controller."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from tests.faults.command import Command, Moment, a_while, end_by
+from tests.faults.command import Command, Moment, a_while, assert_gone, end_by
 
 WRITE_SECONDS = 0.01
 """Longest time from the sight of a half-written checkpoint to the kill."""
@@ -28,13 +28,19 @@ class Kill:
     """Steps of these that the next attempt had to make again."""
 
 
-def kill(what: str, deed: Deed, of: Command, at_step: int, after_attempt: int) -> Kill:
-    """Do it at that step or later, again and again until it has cost a step; the next attempt goes on from there."""
+def kill(
+    what: str, deed: Deed, of: Command, at_step: int, after_attempt: int, then: Callable[[], None] | None = None
+) -> Kill:
+    """Do it at that step or later, again and again until it has cost a step; the next attempt goes on from there, by
+    itself or by what is done `then`.
+    """
     while True:
         moment = of.reach(at_step, after_attempt)
         meant = deed(of, moment)
         last = of.moment()
         step = last.step if last.attempt == moment.attempt else moment.step
+        if then is not None:
+            then()
         of.reach_attempt(after=moment.attempt)
         if meant and step > of.kept():
             return Kill(what, moment.attempt, step, step - of.kept())
@@ -61,13 +67,14 @@ def controller(moments: random.Random) -> Deed:
     return deed
 
 
-def driver(moments: random.Random, *options: str) -> Deed:
-    """The command itself, and with it the whole of Ray; then it is given again."""
+def driver(moments: random.Random) -> Deed:
+    """The command itself; its workers, which outlive it by seconds, make steps as long as they can."""
 
     def deed(of: Command, moment: Moment) -> bool:
         a_while(moments, 0.3)
+        workers = of.workers(moment.attempt)
         of.kill()
-        of.start(*options)
+        assert_gone(set(workers))
         return True
 
     return deed

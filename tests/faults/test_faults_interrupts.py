@@ -37,7 +37,7 @@ def as_a_checkpoint_is_written(of: Command, moments: random.Random) -> None:
 
 
 def at_the_end(of: Command, moments: random.Random) -> None:
-    of.reach(STEPS - 15, of.run.newest_attempt())
+    of.reach(STEPS - 20, of.run.newest_attempt())
     a_while(moments, 2.0)
 
 
@@ -51,7 +51,7 @@ MOMENTS: dict[str, Callable[[Command, random.Random], None]] = {
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_an_interrupted_command_ends_soon_keeps_its_steps_and_goes_on(
     number: signal.Signals, undisturbed: Command, disturbed: Command, moments: random.Random, tell: Tell
 ) -> None:

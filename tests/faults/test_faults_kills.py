@@ -21,7 +21,7 @@ def test_kills_of_workers_controller_driver_and_writer_change_no_bit(
     deeds = {
         "worker": killing.worker(WORKERS, moments),
         "controller": killing.controller(moments),
-        "driver": killing.driver(moments, *ON),
+        "driver": killing.driver(moments),
         "writer of a checkpoint": killing.writer(moments),
     }
     what = [name for name, times in KILLS.items() for _ in range(times)]
@@ -30,7 +30,8 @@ def test_kills_of_workers_controller_driver_and_writer_change_no_bit(
     attempt = 0
     for number, name in enumerate(what):
         first, last = (STEPS * part // (len(what) + 1) for part in (number, number + 1))
-        kill = killing.kill(name, deeds[name], disturbed, moments.randint(first + 1, last), attempt)
+        again = (lambda: disturbed.start(*ON)) if name == "driver" else None
+        kill = killing.kill(name, deeds[name], disturbed, moments.randint(first + 1, last), attempt, again)
         tell(f"  kill {number + 1}: {kill}")
         assert kill.lost >= 1
         attempt = kill.attempt

@@ -12,7 +12,7 @@ from pipelines.spec import load_spec
 from pipelines.store import Place
 from pipelines.train.checkpoint import OPTIMIZER
 from tests.faults import killing
-from tests.faults.command import Command, Moment, command, write_spec
+from tests.faults.command import Command, command, write_spec
 from tests.faults.evidence import assert_same_training, tracked
 from tests.train.train_helpers import trained
 
@@ -33,21 +33,16 @@ def test_kills_of_writer_worker_and_driver_and_a_damaged_checkpoint_change_no_bi
 ) -> None:
     damaged = []
 
-    def driver_and_last_checkpoint(of: Command, moment: Moment) -> bool:
-        of.kill()
-        damaged.append(of.kept())
-        file = of.run.checkpoints.at(of.kept()).path / OPTIMIZER
+    def damage_and_start() -> None:
+        damaged.append(given.kept())
+        file = given.run.checkpoints.at(given.kept()).path / OPTIMIZER
         file.write_bytes(file.read_bytes()[:-1])
-        of.start()
-        return True
+        given.start()
 
     given.start()
-    deeds = (killing.writer(moments), killing.worker(2, moments), driver_and_last_checkpoint)
-    attempt = 0
-    for number, deed in enumerate(deeds):
-        at_step = 20 + 30 * number + moments.randrange(20)
-        kill = killing.kill(f"of the short ones, {number}", deed, given, at_step, attempt)
-        attempt = kill.attempt
+    kill = killing.kill("writer", killing.writer(moments), given, moments.randint(20, 40), 0)
+    kill = killing.kill("worker", killing.worker(2, moments), given, moments.randint(50, 70), kill.attempt)
+    killing.kill("driver", killing.driver(moments), given, moments.randint(80, 100), kill.attempt, damage_and_start)
     said = given.finish().said
     assert f"checkpoint {damaged[-1]} is damaged and passed over" in said
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.store import Place
 from pipelines.train.run import Run
-from tests.faults.command import Command, a_while, command, wait_for
+from tests.faults.command import EVERY, Command, a_while, command, wait_for
 from tests.faults.conftest import STEPS
 from tests.faults.evidence import assert_same_bits
 
@@ -78,7 +78,7 @@ def test_training_goes_on_while_the_storage_is_full_and_ends_whole_when_there_is
     kept = confined.kept()
     wait_for(lambda: "training goes on" in confined.said(), "a warning of the full storage", confined)
     assert "No space left on device" in confined.said()
-    assert kept <= confined.kept() <= kept + 15
+    assert kept <= confined.kept() <= kept + EVERY
     for step in confined.run.checkpoints.steps():
         assert confined.run.checkpoints.verifies(step)
     a_while(moments, 2.0)
