@@ -38,14 +38,14 @@ EVERY = 20
 
 def write_spec(path: Path, steps: int, **overrides: Any) -> Path:
     """A spec of so many steps of some 50 ms, each of which the journal and the tracker tell of."""
-    fields = tiny_fields(
-        train__images=steps * BATCH,
-        train__global_batch=BATCH,
-        train__checkpoint_every=EVERY,
-        train__log_every=1,
-        train__oversubscribe=True,
-        **overrides,
-    )
+    settings = {
+        "train__images": steps * BATCH,
+        "train__global_batch": BATCH,
+        "train__checkpoint_every": EVERY,
+        "train__log_every": 1,
+        "train__oversubscribe": True,
+    }
+    fields = tiny_fields(**{**settings, **overrides})
     path.write_text(yaml.safe_dump(fields))
     return path
 

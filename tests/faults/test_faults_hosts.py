@@ -25,7 +25,8 @@ def cluster_of_two() -> Iterator[Hosts]:
 @pytest.fixture
 def spread(cluster_of_two: Hosts, tmp_path: Path) -> Iterator[Command]:
     """The disturbed run on two hosts."""
-    spec = write_spec(tmp_path / "spec.yaml", STEPS, ray={"address": cluster_of_two.address}, train__workers=2)
+    on_both = {"train__workers": 2, "train__oversubscribe": False}  # a whole CPU each, and a host has one
+    spec = write_spec(tmp_path / "spec.yaml", STEPS, ray={"address": cluster_of_two.address}, **on_both)
     with command(spec, tmp_path / "store", cluster_of_two.token) as given:
         yield given
 
@@ -36,7 +37,9 @@ def test_the_loss_of_a_host_changes_no_bit(
 ) -> None:
     def lose(of: Command, moment: Moment) -> bool:
         a_while(moments, 0.3)
-        cluster_of_two.lose(cluster_of_two.alive[-1])
+        lost = cluster_of_two.alive[-1]
+        assert lost.family() & set(of.workers(moment.attempt)), "no worker is there"
+        cluster_of_two.lose(lost)
         cluster_of_two.join()
         return True
 
