@@ -31,7 +31,7 @@ class State:
             [self.weights], lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
         )
         self._moments = {
-            "step": torch.tensor(0.0),
+            "step": torch.tensor(0.0, device=self.weights.device),
             "exp_avg": torch.zeros_like(self.weights),
             "exp_avg_sq": torch.zeros_like(self.weights),
         }
