@@ -43,9 +43,9 @@ def test_what_was_sent_twice_is_there_once_and_the_last_interval_is_not_lost(
     run_id = mlflow.run_id(run, SPEC, dataset)
     mlflow.ship(run, SPEC, dataset)
     before = (run.place / "tracking.json").read()
-    mlflow.ship(run, SPEC, dataset, final=True)
+    mlflow.ship(run, SPEC, dataset, "FINISHED")
     (run.place / "tracking.json").write(before)  # killed between sending and remembering
-    mlflow.ship(run, SPEC, dataset, final=True)
+    mlflow.ship(run, SPEC, dataset, "FINISHED")
     history = mlflow.client().get_metric_history(run_id, "loss")
     assert [m.step for m in history] == [3, 6, 9, 12, 15, 18, 20]
     rows = {row.step: row.exact["loss"] for row in run.journal.read(20)}
@@ -65,7 +65,7 @@ def test_a_tracker_that_is_down_is_said_once_and_gets_everything_later(
         down.start(run, SPEC, dataset)
     assert ["MLflow does not answer" in str(w.message) for w in said if w.category is UserWarning] == [True]
     up = tracker(tmp_path)
-    up.ship(run, SPEC, dataset, final=True)
+    up.ship(run, SPEC, dataset, "FINISHED")
     run_id = up.run_id(run, SPEC, dataset)
     assert len(up.client().get_metric_history(run_id, "gradient_norm")) == 7
     assert up.run_id(run, SPEC, dataset) == run_id

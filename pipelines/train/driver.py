@@ -1,7 +1,8 @@
 """Drives a training run: Ray Train starts the workers and restarts the dead; the driver watches and reports.
 
 `fit()` runs beside the main thread, because Ray's own handler of SIGINT would abort the group, and because the main
-thread reads the run's folder meanwhile: how far it is, and which rows of the journal the tracker may have.
+thread reads the run's folder meanwhile: how far it is. What the tracker may have is sent by a third (see
+`pipelines.tracking.shipper`).
 """
 
 import threading
@@ -26,7 +27,6 @@ from pipelines.train.group import explained, fit
 from pipelines.train.run import LIVE, Run, environment
 
 _WATCH_SECONDS = 0.25
-_SHIP_SECONDS = 5.0
 _DRAIN_SECONDS = 1.0
 _STOP_SECONDS = 12.0
 
@@ -53,8 +53,8 @@ def train(
     if (done := trained(run, spec)) is not None:
         run.checkpoints.pin(done.step)
         _say_what_was_damaged(run, dataset, progress)
-        tracker.ship(run, spec, dataset, final=True)
-        return done
+        with tracker.shipping(run, spec, dataset, progress, driven=False):
+            return done
     further = [step for step in run.checkpoints.steps() if step > spec.train.total_steps]
     if further:
         raise UserError(
@@ -69,15 +69,14 @@ def train(
             _say_what_changed(run.checkpoints.environment(step), progress)
             _say_what_was_damaged(run, dataset, progress)
         _check_resources(spec, cluster)
-        tracker.start(run, spec, dataset)
-        try:
-            _fit_and_watch(spec, dataset, run, cluster, tracker, progress)
-        except KeyboardInterrupt:
-            step = run.checkpoints.latest_step()
-            kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
-            progress.say(f"run {run.name} {kept}")
-            raise
-        tracker.ship(run, spec, dataset, final=True)
+        with tracker.shipping(run, spec, dataset, progress):
+            try:
+                _fit_and_watch(spec, dataset, run, cluster, progress)
+            except KeyboardInterrupt:
+                step = run.checkpoints.latest_step()
+                kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
+                progress.say(f"run {run.name} {kept}")
+                raise
     done = trained(run, spec)
     if done is None:
         raise RuntimeError(f"run {run.name} ended without its last checkpoint, see {run.place}")
@@ -158,9 +157,7 @@ def _check_resources(spec: Spec, cluster: Cluster) -> None:
             )
 
 
-def _fit_and_watch(
-    spec: Spec, dataset: Dataset, run: Run, cluster: Cluster, tracker: Tracker, progress: Progress
-) -> None:
+def _fit_and_watch(spec: Spec, dataset: Dataset, run: Run, cluster: Cluster, progress: Progress) -> None:
     failures: list[BaseException] = []
     over = threading.Event()  # not the thread's own word: of one whose `join` was interrupted Python 3.11 says it ended
 
@@ -175,14 +172,11 @@ def _fit_and_watch(
     (run.place / LIVE).path.unlink(missing_ok=True)
     attempt = run.newest_attempt()
     threading.Thread(target=work, name="ray-train", daemon=True).start()
-    shipped = looked = time.monotonic()
+    looked = time.monotonic()
     leaving, told = set(cluster.draining()), None
     try:
         while not over.wait(_WATCH_SECONDS):
             told = _show(run, spec, progress, told)
-            if time.monotonic() - shipped > _SHIP_SECONDS:
-                tracker.ship(run, spec, dataset)
-                shipped = time.monotonic()
             if time.monotonic() - looked > _DRAIN_SECONDS:
                 if more := cluster.draining() - leaving:
                     progress.say(f"{counted(len(more), 'host')} will leave the cluster: a checkpoint is written now")

@@ -118,7 +118,7 @@ class Trainer:
             self._module = DistributedDataParallel(self.model)
             self._module.register_comm_hook(None, self._gradients.hook)
         self._boundaries = _log_snr_quartiles(self.process.schedule.log_snr)
-        run.note_worker(self.attempt, world.rank)
+        run.note_worker(self.attempt, world.rank, world.size, self.step)
         self._looked_at = 0.0
         self.recorder = Recorder(run, spec.train, self.attempt, self.images, world.rank, world.size)
 
@@ -158,7 +158,12 @@ class Trainer:
             if self.state.skipped_in_a_row + 1 == MOST_SKIPPED:
                 raise Failed(self._diagnosis())
             self.state.skip()
-        exact = {"gradient_norm": norm, "learning_rate": rate, "skipped": float(self.state.skipped)}
+        exact = {
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "skipped": float(self.state.skipped),
+            "ema_half_life_images": self.state.ema_half_life,
+        }
         self.recorder.add(torch.stack(stats), exact, {"data_wait_seconds": waited})
         if self.step % self.spec.train.log_every == 0:
             self.recorder.log(self.step)
