@@ -62,22 +62,23 @@ class Account:
             client.update_run(record.run_id, status="RUNNING")
             self._save(replace(record, status=None, ended_step=None))
 
-    def send(self, client: Any, status: str | None) -> None:
-        """All that an open run owes. `status` ends its MLflow run; FINISHED is for one whose last interval is sent
-        though it be shorter. A longer run sends that interval again, whole.
+    def send(self, client: Any, status: str | None) -> int:
+        """All that an open run owes; the number of steps whose rows were sent. `status` ends its MLflow run; FINISHED
+        is for one whose last interval is sent though it be shorter. A longer run sends that interval again, whole.
         """
         record = self.record
         assert record.run_id is not None
         if (tags := self._tags()) != record.tags:
             set_tags(client, record.run_id, tags)
             self._save(replace(record, tags=tags))
-        self._send_rows(client, record.run_id, tail=status == "FINISHED")
+        steps = self._send_rows(client, record.run_id, tail=status == "FINISHED")
         if status is not None:
             delete_others(client, record.run_id, record.key)
             client.set_terminated(record.run_id, status=status)
             self._save(replace(self.record, status=status, ended_step=self._last_step()))
+        return steps
 
-    def _send_rows(self, client: Any, run_id: str, tail: bool) -> None:
+    def _send_rows(self, client: Any, run_id: str, tail: bool) -> int:
         record, last = self.record, self._last_step()
         rows = self._run.journal.read(last, after=record.shipped_step)
         owed = list(intervals(rows, self._spec.train.log_every, tail))
@@ -90,6 +91,7 @@ class Account:
             client.log_batch(run_id, metrics=portion.metrics)
             record = self._save(replace(record, shipped_step=max(record.shipped_step, self._whole(portion.last_step))))
         self._save(replace(record, shipped_step=max(record.shipped_step, self._whole(last)), doubtful_step=0))
+        return sum(len(interval) for interval in owed)
 
     def _last_step(self) -> int:
         """The last committed checkpoint's: later rows may be made again."""

@@ -1,6 +1,7 @@
 """Where MLflow is."""
 
 import os
+import re
 from dataclasses import dataclass
 
 from pipelines.errors import UserError
@@ -30,6 +31,11 @@ class Address:
 
     uri: str
     artifacts: str | None
+
+    @property
+    def shown(self) -> str:
+        """The address without a password."""
+        return re.sub(r"(?<=://)[^/@]*@", "", self.uri)
 
     @staticmethod
     def of(uri: str | None, store: Place) -> "Address":

@@ -81,15 +81,16 @@ class Tracker:
             with self.tolerant("metrics kept back"):
                 self.settle(run, spec, Lineage.of(dataset), status)
 
-    def settle(self, run: Run, spec: Spec, lineage: Lineage, status: str | None = None) -> None:
-        """As `ship`, but a failure is raised, and the tracker is asked whether it still has the run."""
+    def settle(self, run: Run, spec: Spec, lineage: Lineage, status: str | None = None) -> int:
+        """As `ship`, but a failure is raised, and the tracker is asked whether it still has the run. The number of
+        steps whose rows were sent.
+        """
         with Records(run).lock():
             Records(run).keep(lineage)
             client = self.client()
             account = Account(self.address.uri, run, spec, lineage)
             account.open(client, lambda: self._experiment_id(client))
-            if account.owes(status):
-                account.send(client, status)
+            return account.send(client, status) if account.owes(status) else 0
 
     def owes(self, run: Run, spec: Spec, dataset: Dataset, status: str | None = None) -> bool:
         """Whether there is anything to send, as far as is known here."""
