@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +146,11 @@ def proxy_to(server: Server) -> Iterator[Proxy]:
 def history(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
     """(step, value) of a metric, in the order of steps: one twice would be here twice."""
     return sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, name))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Until it holds; AssertionError after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)

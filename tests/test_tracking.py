@@ -1,18 +1,23 @@
 """MLflow down slows nothing and loses nothing; what is sent twice is there once."""
 
+import contextlib
 import warnings
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
+from pipelines.progress import Progress
 from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.tracking import Address, Tracker
+from pipelines.tracking.reconcile import reconcile
 from pipelines.train.loop import train
 from pipelines.train.run import Run
 from tests.conftest import tiny_spec
+from tests.mlflow_server import wait_until
 
 SPEC: Spec = tiny_spec(train__log_every=3)
 
@@ -69,3 +74,57 @@ def test_a_tracker_that_is_down_is_said_once_and_gets_everything_later(
     run_id = up.run_id(run, SPEC, dataset)
     assert len(up.client().get_metric_history(run_id, "gradient_norm")) == 7
     assert up.run_id(run, SPEC, dataset) == run_id
+
+
+def test_attempts_host_memory_and_half_life_are_told(trained: tuple[Run, Dataset], tmp_path: Path) -> None:
+    run, dataset = trained
+    mlflow = tracker(tmp_path)
+    mlflow.ship(run, SPEC, dataset)
+    run_id = mlflow.run_id(run, SPEC, dataset)
+    first = mlflow.client().get_run(run_id).data
+    told = [first.tags[f"ddpm.{name}"] for name in ("attempt", "workers", "host")]
+    assert told == ["1", "1", gethostname()]
+    assert first.params["train.learning_rate"] == "0.002"
+    assert first.metrics["memory_peak_bytes"] >= first.metrics["memory_bytes"] > 10e6
+    assert 0 <= first.metrics["system/cpu_utilization_percentage"] <= 100
+    half_life = {m.step: m.value for m in mlflow.client().get_metric_history(run_id, "ema_half_life_images")}
+    assert half_life[18] == pytest.approx(0.05 * 32 * 17), "while it rises: the mean of steps 16 to 18"
+
+    run.note_worker(2, 0, workers=2, step=20)
+    run.note_worker(2, 1, workers=2, step=20)
+    mlflow.ship(run, SPEC, dataset)
+    tags = mlflow.client().get_run(run_id).data.tags
+    assert (tags["ddpm.attempt"], tags["ddpm.workers"]) == ("2", "2")
+    host = gethostname()
+    assert tags["ddpm.attempts"] == f"1: 1 worker on {host}, from step 0\n2: 2 workers on {host}, from step 20"
+
+
+def test_how_the_training_ended_is_how_its_mlflow_run_ended(trained: tuple[Run, Dataset], tmp_path: Path) -> None:
+    run, dataset = trained
+    mlflow = tracker(tmp_path)
+
+    def status() -> str:
+        return mlflow.client().get_run(mlflow.run_id(run, SPEC, dataset)).info.status
+
+    for error, ended in ((KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED")):
+        with contextlib.suppress(error), mlflow.shipping(run, SPEC, dataset, Progress()):
+            wait_until(lambda: status() == "RUNNING", 60)
+            raise error
+        wait_until(lambda ended=ended: status() == ended, 60)
+    with mlflow.shipping(run, SPEC, dataset, Progress()):
+        wait_until(lambda: status() == "RUNNING", 60)
+    assert status() == "FINISHED"
+
+
+def test_an_mlflow_run_that_was_deleted_is_made_anew_with_all_of_its_rows(
+    trained: tuple[Run, Dataset], tmp_path: Path
+) -> None:
+    run, dataset = trained
+    mlflow = tracker(tmp_path)
+    mlflow.ship(run, SPEC, dataset, "FINISHED")
+    before = mlflow.run_id(run, SPEC, dataset)
+    mlflow.client().delete_run(before)
+    (done,) = reconcile(Place.of(run.place.path.parents[1]), run.name, mlflow.address.uri, Progress())
+    after = mlflow.run_id(run, SPEC, dataset)
+    assert (done.steps, after != before) == (20, True)
+    assert [m.step for m in mlflow.client().get_metric_history(after, "loss")] == [3, 6, 9, 12, 15, 18, 20]

@@ -32,7 +32,8 @@ class Usage:
     def process(self) -> dict[str, float]:
         """Resident memory of the process, now and at its highest."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"memory_bytes": float(self._process.memory_info().rss), "memory_peak_bytes": float(peak)}
+        now = self._process.memory_info().rss  # the kernel's peak may lag a little behind
+        return {"memory_bytes": float(now), "memory_peak_bytes": float(max(now, peak))}
 
     def host(self) -> dict[str, float]:
         """Figures of the host, soon after the start and then every ten seconds; nothing between."""
