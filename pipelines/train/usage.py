@@ -5,6 +5,7 @@ That monitor writes to MLflow directly and gives up at the first request that fa
 and go where it goes.
 """
 
+import math
 import os
 import resource
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 _EVERY_SECONDS = 10.0
 _LEAST_SECONDS = 0.2
 """A share of processor time over less says nothing."""
+_LOOK_SECONDS = 1.0
 _MEGABYTE = 1e6
 
 
@@ -26,14 +28,18 @@ class Usage:
         self._psutil, self._process = psutil, psutil.Process()
         self._gpus = _gpus()
         self._sampled_at, self._every = time.monotonic(), _LEAST_SECONDS
+        self._looked_at, self._resident, self._peak = -math.inf, 0, 0
         psutil.cpu_percent()  # which tells of the time since it was last asked
         self._network_before = psutil.net_io_counters()
 
     def process(self) -> dict[str, float]:
-        """Resident memory of the process, now and at its highest."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        now = self._process.memory_info().rss  # the kernel's peak may lag a little behind
-        return {"memory_bytes": float(now), "memory_peak_bytes": float(max(now, peak))}
+        """Resident memory of the process, now (looked at once a second at most) and at its highest."""
+        if (now := time.monotonic()) - self._looked_at >= _LOOK_SECONDS:
+            self._looked_at = now
+            self._resident = self._process.memory_info().rss
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            self._peak = max(self._peak, peak, self._resident)  # the kernel's own may lag a little behind
+        return {"memory_bytes": float(self._resident), "memory_peak_bytes": float(self._peak)}
 
     def host(self) -> dict[str, float]:
         """Figures of the host, soon after the start and then every ten seconds; nothing between."""
