@@ -1,11 +1,13 @@
 """MLflow down slows nothing and loses nothing; what is sent twice is there once."""
 
 import contextlib
+import io
 import warnings
 from pathlib import Path
 from socket import gethostname
 
 import pytest
+from PIL import Image
 
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
@@ -128,3 +130,28 @@ def test_an_mlflow_run_that_was_deleted_is_made_anew_with_all_of_its_rows(
     after = mlflow.run_id(run, SPEC, dataset)
     assert (done.steps, after != before) == (20, True)
     assert [m.step for m in mlflow.client().get_metric_history(after, "loss")] == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_scores_on_held_out_images_are_sent_once_and_only_where_a_checkpoint_is(
+    trained: tuple[Run, Dataset], tmp_path: Path
+) -> None:
+    run, dataset = trained
+    folder, mlflow = run.place / "scores", tracker(tmp_path)
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    for step in (10, 20, 25):  # no checkpoint at 25 yet
+        (folder / f"{step:09d}.png").write(picture.getvalue())
+        (folder / f"{step:09d}.json").write_json({"bits_per_dim": 3.5, "error": {"bins": [0.25, 0.5]}, "n": 64})
+    try:
+        mlflow.ship(run, SPEC, dataset)
+        (folder / "000000010.json").write_json({"bits_per_dim": 9.0})  # made again by a later attempt
+        mlflow.ship(run, SPEC, dataset, "FINISHED")
+    finally:
+        folder.remove()
+    client, run_id = mlflow.client(), mlflow.run_id(run, SPEC, dataset)
+    for name, value in {"bits_per_dim": 3.5, "error.bins.0": 0.25, "error.bins.1": 0.5, "n": 64}.items():
+        there = client.get_metric_history(run_id, f"held_out/{name}")
+        assert [(m.step, m.value) for m in there] == [(10, value), (20, value)], name
+    names = [artifact.path for artifact in client.list_artifacts(run_id, "scores")]
+    assert names == ["scores/000000010.png", "scores/000000020.png"]
+    assert Path(client.download_artifacts(run_id, names[0])).read_bytes() == picture.getvalue()

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.progress import counted
 from pipelines.spec import Spec
+from pipelines.tracking.held_out import scored_steps, send_scores
 from pipelines.tracking.mlflow_run import delete_others, describe, exists, make_run, set_tags
 from pipelines.tracking.record import Lineage, Record, Records
 from pipelines.tracking.rows import CLOCK, intervals, portions
@@ -37,8 +38,8 @@ class Account:
         record, last = self.record, self._last_step()
         if status is not None and (record.status, record.ended_step) != (status, last):
             return last > 0 or status != "FINISHED"
-        rows = self._whole(last) > record.shipped_step
-        return rows or not record.described or not self._tags(newest=1).items() <= record.tags.items()
+        sent = self._whole(last) <= record.shipped_step and not self._unsent_scores()
+        return not sent or not record.described or not self._tags(newest=1).items() <= record.tags.items()
 
     def open(self, client: Any, experiment_id: Callable[[], str], parent: str | None = None) -> str:
         """The id of the run's MLflow run, made and described where it is not."""
@@ -71,6 +72,9 @@ class Account:
         if (tags := self._tags()) != record.tags:
             set_tags(client, record.run_id, tags)
             self._save(replace(record, tags=tags))
+        for step in self._unsent_scores():
+            send_scores(client, record.run_id, self._run, step)
+            self._save(replace(self.record, scored_steps=[*self.record.scored_steps, step]))
         steps = self._send_rows(client, record.run_id, tail=status == "FINISHED")
         if status is not None:
             delete_others(client, record.run_id, record.key)
@@ -92,6 +96,10 @@ class Account:
             record = self._save(replace(record, shipped_step=max(record.shipped_step, self._whole(portion.last_step))))
         self._save(replace(record, shipped_step=max(record.shipped_step, self._whole(last)), doubtful_step=0))
         return sum(len(interval) for interval in owed)
+
+    def _unsent_scores(self) -> list[int]:
+        known = set(self.record.scored_steps)
+        return [step for step in scored_steps(self._run, self._last_step()) if step not in known]
 
     def _last_step(self) -> int:
         """The last committed checkpoint's: later rows may be made again."""

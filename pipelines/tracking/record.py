@@ -2,7 +2,7 @@
 
 import contextlib
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ class Record:
     """The rows up to this step are there."""
     doubtful_step: int = 0
     """Those up to this one may be: they were sent, and nobody heard whether they arrived."""
+    scored_steps: Sequence[int] = ()
+    """Whose scores on held-out images are there."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Those that change as the run goes on."""
     status: str | None = None
