@@ -118,6 +118,22 @@ def test_how_the_training_ended_is_how_its_mlflow_run_ended(trained: tuple[Run, 
     assert status() == "FINISHED"
 
 
+def test_a_second_mlflow_run_by_a_request_that_came_late_is_deleted_by_reconcile(
+    trained: tuple[Run, Dataset], tmp_path: Path
+) -> None:
+    run, dataset = trained
+    mlflow, store = tracker(tmp_path), Place.of(run.place.path.parents[1])
+    mlflow.ship(run, SPEC, dataset, "FINISHED")
+    client, run_id = mlflow.client(), mlflow.run_id(run, SPEC, dataset)
+    there = client.get_run(run_id)
+    late = client.create_run(there.info.experiment_id, tags=there.data.tags)
+    other = client.create_run(there.info.experiment_id, tags={"ddpm.run": run.name})  # of another store's run
+    (done,) = reconcile(store, run.name, mlflow.address.uri, Progress())
+    assert (done.steps, done.error) == (0, None)
+    left = {found.info.run_id for found in client.search_runs([there.info.experiment_id])}
+    assert (late.info.run_id in left, left) == (False, {run_id, other.info.run_id})
+
+
 def test_an_mlflow_run_that_was_deleted_is_made_anew_with_all_of_its_rows(
     trained: tuple[Run, Dataset], tmp_path: Path
 ) -> None:

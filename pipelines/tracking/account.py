@@ -77,10 +77,16 @@ class Account:
             self._save(replace(self.record, scored_steps=[*self.record.scored_steps, step]))
         steps = self._send_rows(client, record.run_id, tail=status == "FINISHED")
         if status is not None:
-            delete_others(client, record.run_id, record.key)
+            self.tidy(client)
             client.set_terminated(record.run_id, status=status)
             self._save(replace(self.record, status=status, ended_step=self._last_step()))
         return steps
+
+    def tidy(self, client: Any) -> None:
+        """Delete the MLflow runs that late requests made beside this one."""
+        record = self.record
+        assert record.run_id is not None
+        delete_others(client, record.run_id, record.key)
 
     def _send_rows(self, client: Any, run_id: str, tail: bool) -> int:
         record, last = self.record, self._last_step()

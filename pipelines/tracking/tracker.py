@@ -90,7 +90,10 @@ class Tracker:
             client = self.client()
             account = Account(self.address.uri, run, spec, lineage)
             account.open(client, lambda: self._experiment_id(client))
-            return account.send(client, status) if account.owes(status) else 0
+            if account.owes(status):
+                return account.send(client, status)
+            account.tidy(client)
+            return 0
 
     def owes(self, run: Run, spec: Spec, dataset: Dataset, status: str | None = None) -> bool:
         """Whether there is anything to send, as far as is known here."""
