@@ -18,6 +18,7 @@ from pipelines.tracking import Address, Tracker
 from pipelines.tracking.reconcile import reconcile
 from pipelines.train.loop import train
 from pipelines.train.run import Run
+from pipelines.train.scores import HeldOutScore
 from tests.conftest import tiny_spec
 from tests.mlflow_server import wait_until
 
@@ -152,22 +153,55 @@ def test_scores_on_held_out_images_are_sent_once_and_only_where_a_checkpoint_is(
     trained: tuple[Run, Dataset], tmp_path: Path
 ) -> None:
     run, dataset = trained
-    folder, mlflow = run.place / "scores", tracker(tmp_path)
-    picture = io.BytesIO()
+    mlflow, picture = tracker(tmp_path), io.BytesIO()
     Image.new("RGB", (4, 4)).save(picture, "PNG")
     for step in (10, 20, 25):  # no checkpoint at 25 yet
-        (folder / f"{step:09d}.png").write(picture.getvalue())
-        (folder / f"{step:09d}.json").write_json({"bits_per_dim": 3.5, "error": {"bins": [0.25, 0.5]}, "n": 64})
+        run.scores.commit(score(step, 3.5), picture.getvalue())
     try:
         mlflow.ship(run, SPEC, dataset)
-        (folder / "000000010.json").write_json({"bits_per_dim": 9.0})  # made again by a later attempt
+        run.scores.commit(score(10, 9.0), picture.getvalue())  # taken again by a later attempt
         mlflow.ship(run, SPEC, dataset, "FINISHED")
     finally:
-        folder.remove()
+        run.scores.place.remove()
     client, run_id = mlflow.client(), mlflow.run_id(run, SPEC, dataset)
-    for name, value in {"bits_per_dim": 3.5, "error.bins.0": 0.25, "error.bins.1": 0.5, "n": 64}.items():
+    for name, value in {"bits_per_dim": 3.5, "bits_per_dim_low": 3.25, "error_log_snr_bin_1": 0.5}.items():
         there = client.get_metric_history(run_id, f"held_out/{name}")
         assert [(m.step, m.value) for m in there] == [(10, value), (20, value)], name
+    assert "held_out/error_log_snr_bin_2" not in client.get_run(run_id).data.metrics, "which is not finite"
     names = [artifact.path for artifact in client.list_artifacts(run_id, "scores")]
     assert names == ["scores/000000010.png", "scores/000000020.png"]
     assert Path(client.download_artifacts(run_id, names[0])).read_bytes() == picture.getvalue()
+
+
+def score(step: int, bits: float) -> HeldOutScore:
+    return HeldOutScore(
+        step=step,
+        images=32 * step,
+        bits_per_dim=bits,
+        low=bits - 0.25,
+        high=bits + 0.25,
+        error=(0.5, None),
+        log_snr=(9.0, 0.0, None),
+        scored=64,
+        seconds=1.0,
+        time_ms=1_700_000_000_000 + step,
+    )
+
+
+def test_what_a_score_still_to_come_may_discard_waits(trained: tuple[Run, Dataset], tmp_path: Path) -> None:
+    run, dataset = trained
+    mlflow = tracker(tmp_path)
+    spec = tiny_spec(train__log_every=3, train__score={"every_images": 320}, train__plateau={"patience_images": 320})
+    mlflow.ship(run, spec, dataset)
+    run_id = mlflow.run_id(run, spec, dataset)
+
+    def steps() -> list[int]:
+        return sorted(m.step for m in mlflow.client().get_metric_history(run_id, "loss"))
+
+    assert steps() == [3, 6, 9], "the score of step 10 may end the run there"
+    try:
+        run.scores.commit(score(10, 3.5), b"a picture")
+        mlflow.ship(run, spec, dataset)
+        assert steps() == [3, 6, 9, 12, 15, 18]
+    finally:
+        run.scores.place.remove()

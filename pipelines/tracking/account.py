@@ -10,10 +10,11 @@ from typing import Any
 
 from pipelines.progress import counted
 from pipelines.spec import Spec
-from pipelines.tracking.held_out import scored_steps, send_scores
+from pipelines.tracking.held_out import send_score
 from pipelines.tracking.mlflow_run import delete_others, describe, exists, make_run, set_tags
 from pipelines.tracking.record import Lineage, Record, Records
 from pipelines.tracking.rows import CLOCK, intervals, portions
+from pipelines.train.end import settled_step
 from pipelines.train.run import Attempt, Run, environment
 
 _ATTEMPTS_TOLD = 40
@@ -73,7 +74,7 @@ class Account:
             set_tags(client, record.run_id, tags)
             self._save(replace(record, tags=tags))
         for step in self._unsent_scores():
-            send_scores(client, record.run_id, self._run, step)
+            send_score(client, record.run_id, self._run.scores, step)
             self._save(replace(self.record, scored_steps=[*self.record.scored_steps, step]))
         steps = self._send_rows(client, record.run_id, tail=status == "FINISHED")
         if status is not None:
@@ -104,12 +105,15 @@ class Account:
         return sum(len(interval) for interval in owed)
 
     def _unsent_scores(self) -> list[int]:
-        known = set(self.record.scored_steps)
-        return [step for step in scored_steps(self._run, self._last_step()) if step not in known]
+        known, last = set(self.record.scored_steps), self._last_step()
+        return [step for step in self._run.scores.steps() if step <= last and step not in known]
 
     def _last_step(self) -> int:
-        """The last committed checkpoint's: later rows may be made again."""
-        return max(self._run.checkpoints.steps(), default=0)
+        """The last committed checkpoint's, for later rows may be made again; or an earlier one, where a score that is
+        still to come may be the run's end, and what lies behind it be discarded.
+        """
+        last, settled = max(self._run.checkpoints.steps(), default=0), settled_step(self._run, self._spec.train)
+        return last if settled is None else min(last, settled)
 
     def _whole(self, step: int) -> int:
         """Where the last whole interval up to a step ends."""

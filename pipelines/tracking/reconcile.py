@@ -9,6 +9,7 @@ from pipelines.store import Place
 from pipelines.tracking.address import Address
 from pipelines.tracking.record import Lineage, Records
 from pipelines.tracking.tracker import Tracker
+from pipelines.train.end import last_step
 from pipelines.train.run import Run, find_run
 
 
@@ -56,7 +57,7 @@ def _reconcile(run: Run, store: Place, tracking_uri: str | None, down: dict[str,
     if error is None:
         digest = run.description()["dataset_digest"]
         lineage = records.lineage or Lineage(digest, digest[:12], "unknown")
-        finished = max(run.checkpoints.steps(), default=0) >= spec.train.total_steps
+        finished = max(run.checkpoints.steps(), default=0) >= last_step(run, spec.train)
         status = "FINISHED" if finished else None if _is_driven(run) else "KILLED"
         try:
             steps = Tracker(address, spec.tracking.experiment, store).settle(run, spec, lineage, status)
