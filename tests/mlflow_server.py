@@ -78,13 +78,13 @@ def mlflow_server(folder: Path) -> Iterator[Server]:
 class Proxy:
     """Passes bytes on to the server at `upstream`, `delay` seconds late, and in the order they came.
 
-    `refuse`: hang up at once. `lost`: of requests with this in their first line, so many answers are thrown away, after
-    the server did what it was asked to, and the connection ends.
+    `refuse`: hang up at once. `lost`: of requests with this in their first line, which answers are thrown away in turn,
+    after the server did what it was asked; the connection ends then.
     """
 
     def __init__(self, upstream: int) -> None:
         self.delay, self.refuse = 0.0, False
-        self.lost: dict[str, int] = {}
+        self.lost: dict[str, list[bool]] = {}
         self._upstream = upstream
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._closing = threading.Event()
@@ -124,14 +124,11 @@ class Proxy:
                         elif self._loses(asked):
                             return
                         else:
+                            asked = ""  # an answer may come in parts
                             client.sendall(data)
 
     def _loses(self, asked: str) -> bool:
-        for part, times in self.lost.items():
-            if part in asked and times:
-                self.lost[part] = times - 1
-                return True
-        return False
+        return next((turns.pop(0) for part, turns in self.lost.items() if part in asked and turns), False)
 
 
 @contextlib.contextmanager

@@ -93,13 +93,13 @@ def test_a_run_that_was_made_several_times_over_because_answers_were_lost_is_the
     run: Run, dataset: Dataset, server: Server, proxy: Proxy, tmp_path: Path
 ) -> None:
     mlflow = tracker(tmp_path, proxy.uri)
-    proxy.lost = {"runs/create": 3}  # MLflow's client tries three times, and gives up
+    proxy.lost = {"runs/create": [True] * 3}  # MLflow's client tries three times, and gives up
     with pytest.warns(UserWarning, match="MLflow does not answer"):
         mlflow.start(run, SPEC, dataset)
     assert len(runs_there(server, tmp_path.name)) == 3
     mlflow.start(run, SPEC, dataset)
     (left,) = runs_there(server, tmp_path.name)
-    proxy.lost = {"runs/create": 1}  # and here it is answered the second time
+    proxy.lost = {"runs/create": [True]}  # and here it is answered the second time
     other = mlflow.parent_run("other", {})
     assert {found.info.run_id for found in runs_there(server, tmp_path.name)} == {left.info.run_id, other}
 
@@ -109,7 +109,7 @@ def test_rows_that_arrived_unheard_are_not_sent_again_though_they_were_made_agai
 ) -> None:
     mlflow = tracker(tmp_path, proxy.uri)
     run_id = mlflow.run_id(run, SPEC, dataset)
-    proxy.lost = {"runs/log-batch": 4}  # the tags' is told a second time, the rows' never
+    proxy.lost = {"runs/log-batch": [False, True, True, True]}  # the tags' is heard, the rows' never
     with pytest.warns(UserWarning, match="metrics kept back"):
         mlflow.ship(run, SPEC, dataset, "FINISHED")
     rows = [replace(row, time_ms=row.time_ms + 60_000, wall={"images_per_second": 1.0}) for row in run.journal.read(20)]
