@@ -14,7 +14,7 @@ from pipelines.tracking.held_out import send_score
 from pipelines.tracking.mlflow_run import delete_others, describe, exists, make_run, set_tags
 from pipelines.tracking.record import Lineage, Record, Records
 from pipelines.tracking.rows import CLOCK, intervals, portions
-from pipelines.train.end import settled_step
+from pipelines.train.end import known_end, settled_step
 from pipelines.train.run import Attempt, Run, environment
 
 _ATTEMPTS_TOLD = 40
@@ -109,11 +109,12 @@ class Account:
         return [step for step in self._run.scores.steps() if step <= last and step not in known]
 
     def _last_step(self) -> int:
-        """The last committed checkpoint's, for later rows may be made again; or an earlier one, where a score that is
-        still to come may be the run's end, and what lies behind it be discarded.
+        """The last committed checkpoint's, for later rows may be made again; or an earlier one, where the run ends
+        there by its limits, or may by a score that is still to come: what lies behind it is discarded then.
         """
-        last, settled = max(self._run.checkpoints.steps(), default=0), settled_step(self._run, self._spec.train)
-        return last if settled is None else min(last, settled)
+        last = max(self._run.checkpoints.steps(), default=0)
+        settled, end = settled_step(self._run, self._spec.train), known_end(self._run, self._spec.train)
+        return min(last, last if settled is None else settled, last if end is None else end.step)
 
     def _whole(self, step: int) -> int:
         """Where the last whole interval up to a step ends."""

@@ -76,10 +76,9 @@ class Watch:
             if time.monotonic() - looked > _CLUSTER_SECONDS:
                 leaving, cpus = self._look_at_cluster(leaving, cpus)
                 looked = time.monotonic()
-            if self._beside is not None:
-                self._beside.look()
-                if plateau_end(self._run, self._spec.train) is not None:
-                    self._stop()
+            scored = self._beside is not None and self._beside.look()
+            if scored and plateau_end(self._run, self._spec.train) is not None:
+                self._stop()
             self._check_alive()
 
     def _look_at_cluster(self, leaving: set[str], cpus: int) -> tuple[set[str], int]:
@@ -112,10 +111,8 @@ class Watch:
         self._trouble = live["trouble"]
         workers = (live["workers"], live["idle"])
         if workers != self._workers and train.least_workers < train.most_workers:
-            idle = f", {workers[1]} more have nothing to do, for they do not divide {train.slots} slots"
-            self._progress.say(
-                f"{counted(workers[0], 'worker')} train{'s' if workers[0] == 1 else ''}{idle if workers[1] else ''}"
-            )
+            idle = f"; {workers[1]} more would not divide {train.slots} slots and wait" if workers[1] else ""
+            self._progress.say(f"{counted(workers[0], 'worker')} train{'s' if workers[0] == 1 else ''}{idle}")
         self._workers = workers
         if live != self._heard[1]:
             self._heard = (time.monotonic(), live)
