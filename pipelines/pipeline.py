@@ -107,7 +107,9 @@ def run_training(spec: Spec, session: Session) -> dict[str, Any]:
     dataset, _ = ingested(spec, session, steps)
     done = steps.run(train_step(spec, dataset, session))
     if done.skipped:  # MLflow may have been out of reach then, or be another one now
-        session.tracker.ship(Run(session.store / "runs" / done.outputs["run"]), spec, dataset, final=True)
+        made = Run(session.store / "runs" / done.outputs["run"])
+        with session.tracker.shipping(made, spec, dataset, session.progress, driven=False):
+            pass
     return done.outputs
 
 

@@ -135,7 +135,7 @@ class Trainer:
         self._scoring: Scoring | None = None
         calls = scoring_calls(spec) if self.scores and not spec.train.scored_steps(spec.train.total_steps) else 0
         self._pace = Pace(run, spec.train, self._spent, calls) if world.rank == 0 else None
-        run.note_worker(self.attempt, world.rank)
+        run.note_worker(self.attempt, world.rank, world.size, self.step)
         self.recorder = Recorder(run, spec.train, self.attempt, self.images, world)
 
     @property
@@ -179,7 +179,12 @@ class Trainer:
             if self.state.skipped_in_a_row + 1 == MOST_SKIPPED:
                 raise Failed(self._diagnosis())
             self.state.skip()
-        exact = {"gradient_norm": norm, "learning_rate": rate, "skipped": float(self.state.skipped)}
+        exact = {
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "skipped": float(self.state.skipped),
+            "ema_half_life_images": self.state.ema_half_life,
+        }
         self.recorder.add(torch.stack(stats), exact, {"data_wait_seconds": waited})
         if self.step % self.spec.train.log_every == 0:
             self.recorder.log(self.step)

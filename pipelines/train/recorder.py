@@ -24,6 +24,7 @@ from pipelines.train.reduce import tree_sum
 from pipelines.train.run import LIVE, Run
 from pipelines.train.scores import HeldOutScore
 from pipelines.train.slots import QUARTILES
+from pipelines.train.usage import Usage
 from pipelines.train.world import World
 
 Figures = Mapping[str, float]
@@ -42,6 +43,7 @@ class Recorder:
         self._pending: list[tuple[Tensor, Figures, int, Figures]] = []
         self._rows: list[Row] = []
         self._writer = _Writer(run, attempt, train)
+        self._usage = None if world.rank else Usage()
         self._newest: Row | None = None
         self._live_at = 0.0
         self._mark = (time.perf_counter(), images)
@@ -62,6 +64,8 @@ class Recorder:
         now, (then, images_then) = time.perf_counter(), self._mark
         rate = (step * batch - images_then) / (now - then)
         self._mark = (now, step * batch)
+        common = {"images_per_second": rate, **(self._usage.process() if self._usage else {})}
+        of_host = self._usage.host() if self._usage else {}
         for i, (_, exact, at, wall) in enumerate(self._pending):
             sums, counts = totals[i, 1:].view(2, QUARTILES)
             by_quartile = {
@@ -73,7 +77,7 @@ class Recorder:
                 images=(first + i) * batch,
                 time_ms=at,
                 exact={name: value for name, value in figures.items() if math.isfinite(value)},
-                wall={"images_per_second": rate, **wall},
+                wall={**common, **wall, **(of_host if i == len(self._pending) - 1 else {})},
             )
             self._rows.append(row)
         self._pending.clear()

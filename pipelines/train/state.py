@@ -62,6 +62,11 @@ class State:
         for average in (self._ema, *self._profiles.values()):
             average.update([self.weights], self.images, batch)
 
+    @property
+    def ema_half_life(self) -> float:
+        """Half-life of the moving average at its last update, in images: it rises to `train.ema_half_life`."""
+        return self._ema.half_life_at(self.images)
+
     def checkpoint(self, environment: Mapping[str, Any]) -> Checkpoint:
         """A copy of the whole state, on the CPU, tensors keyed by parameter name."""
         moments = ("exp_avg", "exp_avg_sq")
