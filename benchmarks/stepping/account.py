@@ -74,8 +74,8 @@ def account(world: World, spec: dict[str, Any], dataset: str, checkpoint_every: 
         folders = [folder]
         dist.broadcast_object_list(folders)
         parts = Account()
-        for part in _PARTS:
-            parts.wrap(*part)
+        for where, name, part in _PARTS:
+            parts.wrap(where, name, part)
         trainer = Trainer(parsed, opened, Run.of(parsed, opened.digest, Place.of(folders[0])), world)
         blocked, times = [], []
         with trainer.stream() as stream:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -43,7 +43,7 @@ class BareLoop:
         self.model = build_model(spec)
         self.parameters = list(self.model.parameters())
         self._tree = SlotGradients(self.parameters) if tree else None
-        self._module: nn.Module = self.model
+        self._module: Any = self.model
         if world.size > 1:
             self._module = DistributedDataParallel(self.model)
             if self._tree is not None:
@@ -64,7 +64,7 @@ class BareLoop:
         mine = self._next_images()
         pieces = mine.chunk(self._train.slots // self._world.size)
         self.model.train()
-        total = 0.0
+        total = torch.zeros(())
         for number, x0 in enumerate(pieces):
             last = number == len(pieces) - 1
             t = torch.randint(1, self._process.timesteps + 1, (len(x0),))

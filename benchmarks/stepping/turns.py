@@ -1,5 +1,6 @@
 """Sides that take turns in one group of processes: what one choice costs when all else is the same."""
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -44,8 +45,7 @@ def sharing(
             assert sizes[name] in (1, world.size), "DDP works in the whole group"
             run = Run.of(spec, opened.digest, Place.of(f"{folders[0]}/{name}"))
             trainer = Trainer(spec, opened, run, World(world.rank, sizes[name]))
-            stream = trainer.stream()
-            sides[name] = lambda trainer=trainer, stream=stream: trainer.take_step(stream)
+            sides[name] = functools.partial(trainer.take_step, trainer.stream())
         turns = take_turns(sides, rounds, steps)
         dist.barrier()
     return turns
