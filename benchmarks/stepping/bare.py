@@ -1,4 +1,4 @@
-"""The peer: what one would write by hand, and not badly: tensors in memory, plain DDP, AdamW and average of torch."""
+"""The peer: what one would write by hand, and not badly: tensors in memory, plain DDP, fused AdamW, foreach average."""
 
 import contextlib
 import itertools
@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipelines.build import build_loss, build_model, build_process
 from pipelines.data.manifest import Dataset
@@ -51,8 +50,8 @@ class BareLoop:
         self._optimizer = torch.optim.AdamW(
             self.parameters, lr=spec.train.learning_rate, weight_decay=spec.train.weight_decay, fused=True
         )
-        decay = 0.5 ** (spec.train.global_batch / spec.train.ema_half_life)
-        self._average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self._new_share = 1 - 0.5 ** (spec.train.global_batch / spec.train.ema_half_life)
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
         self._order, self._at, self._epoch = torch.empty(0, dtype=torch.int64), 0, 0
         self.losses: list[float] = []
         """Of this rank, every `train.log_every` steps."""
@@ -81,7 +80,8 @@ class BareLoop:
             torch.nn.utils.clip_grad_norm_(self.parameters, self._train.grad_clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._average.update_parameters(self.model)
+        # Torch's AveragedModel walks through the modules for that, which costs a small network a tenth of its step.
+        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], self._new_share)
         self._steps += 1
         if self._steps % self._train.log_every == 0:
             self.losses.append(float(total) / len(pieces))

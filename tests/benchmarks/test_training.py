@@ -54,12 +54,23 @@ def test_the_peer_takes_the_same_step_whichever_way_its_gradients_are_summed(dat
         for _ in range(2):
             loop.step()
         loops.append(loop)
-    first = torch.nn.utils.parameters_to_vector(BareLoop(spec, images, World()).parameters)
-    tree, plain = (torch.nn.utils.parameters_to_vector(loop.parameters) for loop in loops)
+    first = torch.nn.utils.parameters_to_vector(BareLoop(spec, images, World()).parameters).detach()
+    tree, plain = (torch.nn.utils.parameters_to_vector(loop.parameters).detach() for loop in loops)
     assert loops[0].losses == pytest.approx(loops[1].losses, rel=1e-4)
     moved = float((plain - first).abs().max())
     assert moved > 1e-3
     assert float((tree - plain).abs().max()) < moved / 20
+
+
+def test_the_average_of_the_peer_follows_its_weights(dataset: Dataset) -> None:
+    spec = tiny_spec(train__ema_half_life=32)  # a batch: the new weights count half
+    loop = BareLoop(spec, images_in_memory(dataset), World())
+    before = torch.nn.utils.parameters_to_vector(loop.average)
+    loop.step()
+    after = torch.nn.utils.parameters_to_vector(loop.parameters).detach()
+    average = torch.nn.utils.parameters_to_vector(loop.average)
+    assert torch.allclose(average, (before + after) / 2, atol=1e-7)
+    assert not torch.allclose(before, after, atol=1e-4)
 
 
 def test_a_group_takes_turns_and_its_account_is_whole(dataset: Dataset) -> None:
