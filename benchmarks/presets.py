@@ -15,13 +15,18 @@ PRESETS = Path(__file__).parents[1] / "jobs" / "presets"
 
 @dataclass(frozen=True)
 class Preset:
-    """A preset's spec, its source replaced by the dataset that was made of it."""
+    """A preset's spec, its source replaced by the dataset that was made of it, and without held-out scores."""
 
     spec: Spec
     place: Place
 
     def dataset(self) -> Dataset:
         return Dataset.open(self.place)
+
+    @property
+    def workers(self) -> int:
+        assert isinstance(self.spec.train.workers, int), "presets have a fixed number"
+        return self.spec.train.workers
 
     def having(self, **train: Any) -> Spec:
         """The spec with other values in its section `train`."""
@@ -48,7 +53,8 @@ def prepare(name: str, root: Path) -> Preset:
     # What only ingesting looks at goes back to its default, or `ddpm` says that it has no effect.
     asked = {"source": str(place), "image_size": data.image_size, "channels": data.channels}
     kept = {field: getattr(data, field) for field in ("window", "flip", "shift", "on_error")}
-    return Preset(spec.model_copy(update={"data": Data(**asked, **kept)}), place)
+    train = spec.train.model_copy(update={"score": None})
+    return Preset(spec.model_copy(update={"data": Data(**asked, **kept), "train": train}), place)
 
 
 def write(spec: Spec, file: Path) -> Path:

@@ -124,7 +124,7 @@ def measure(name: str, preset: Preset, wanted: Callable[[str], int], kept: Kept,
         every, checkpoints = sizes.account
         done = run_group(
             "benchmarks.stepping.account:account",
-            spec.train.workers,
+            preset.workers,
             spec.train.threads,
             spec=spec.model_dump(mode="json"),
             dataset=dataset,

@@ -13,22 +13,24 @@ from pipelines.data.reader import SlotStream
 from pipelines.spec import parse_spec
 from pipelines.store import Place
 from pipelines.train import reduce
-from pipelines.train.loop import Trainer, World
+from pipelines.train.loop import Trainer
 from pipelines.train.recorder import Recorder
 from pipelines.train.reduce import SlotGradients
 from pipelines.train.run import Run
+from pipelines.train.slots import SlotLosses
 from pipelines.train.state import State
+from pipelines.train.world import World
 
 FORWARD_BACKWARD, EXCHANGE, OPTIMIZER = "forward and backward", "exchange between workers", "optimizer and average"
 MERGING, CHECKPOINT = "merging of slots", "checkpoints, what training waits for"
 _PARTS: list[tuple[Any, str, str]] = [
-    (Trainer, "_backward", FORWARD_BACKWARD),
+    (SlotLosses, "backward", FORWARD_BACKWARD),
     (reduce, "exchange", EXCHANGE),
     (State, "advance", OPTIMIZER),
     (SlotGradients, "hook", MERGING),
     (SlotGradients, "add", MERGING),
     (SlotGradients, "finish", MERGING),
-    (Trainer, "_draw", "timesteps, noise, flips"),
+    (SlotLosses, "draw", "timesteps, noise, flips"),
     (SlotStream, "__next__", "waiting for images"),
     (Recorder, "log", "journal"),
     (Recorder, "save", CHECKPOINT),

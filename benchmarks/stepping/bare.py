@@ -17,8 +17,8 @@ from pipelines.data.pixels import to_model
 from pipelines.data.reader import Reader
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place
-from pipelines.train.loop import World
 from pipelines.train.reduce import SlotGradients
+from pipelines.train.world import World
 
 
 def images_in_memory(dataset: Dataset) -> Tensor:

@@ -54,7 +54,7 @@ def _work(name: str, arguments: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from pipelines.train.loop import World
+    from pipelines.train.world import World
 
     world, folder = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])), os.environ["BENCHMARK_GROUP"]
     torch.set_num_threads(arguments.pop("threads"))

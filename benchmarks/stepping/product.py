@@ -72,7 +72,7 @@ def race_bare(preset: Preset, race: Race) -> dict[str, float]:
     spec = race.spec(preset)
     seconds = run_group(
         "benchmarks.stepping.bare:step_seconds",
-        spec.train.workers,
+        preset.workers,
         spec.train.threads,
         spec=spec.model_dump(mode="json"),
         dataset=str(preset.place),
@@ -101,7 +101,7 @@ def recovery(preset: Preset, address: str, root: Path) -> float:
     killed: list[float] = []
 
     def kill_once(run: Run) -> None:
-        live, worker = run.live(), run.worker(1, spec.train.workers - 1)
+        live, worker = run.live(), run.worker(1, preset.workers - 1)
         step = 0 if live is None else live["images"] // spec.train.global_batch
         if killed or worker is None or not 0 < max(run.checkpoints.steps(), default=0) < step:
             return

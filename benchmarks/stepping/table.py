@@ -162,8 +162,9 @@ preset's name are of the preset `fashion-mnist`. Ratios are of speeds, ours over
   MLflow in sqlite, scoring off) against a bare loop in processes of its own, with no Ray on the host: the same network,
   loss, batch, number of workers, threads and slots; all images as float32 tensors in memory; plain DDP on gloo
   (`no_sync` for all slots but the last); `torch.randn`; `clip_grad_norm_`; torch's fused AdamW on the parameters;
-  an average of the weights by one `_foreach_lerp_`; the loss read every `log_every` steps; nothing saved. A round is a whole run of
-  each; start-up and first steps are left out, by the journal's timestamps here, by the loop's clock there. At
+  an average of the weights by one `_foreach_lerp_`; the loss read every `log_every` steps; nothing saved. A round is
+  a whole run of each; start-up and first steps are left out, by the journal's timestamps here, by the loop's clock
+  there. At
   `fashion-mnist` a round is short and has one checkpoint: it and the steps that follow count as often as the preset's
   `checkpoint_every` has them. At `digits` a round has two whole checkpoint intervals of the preset.
 - **reduction**: that bare loop with the gradients summed in the fixed tree (`pipelines/train/reduce.py`) against DDP's

@@ -12,8 +12,9 @@ from benchmarks.stepping.bare import BareLoop, images_in_memory
 from pipelines.data.manifest import Dataset
 from pipelines.spec import parse_spec
 from pipelines.store import Place
-from pipelines.train.loop import Trainer, World
+from pipelines.train.loop import Trainer
 from pipelines.train.run import Run
+from pipelines.train.world import World
 
 Turns = list[dict[str, float]]
 """By round: seconds a step of each side."""

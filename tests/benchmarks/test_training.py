@@ -17,7 +17,7 @@ from benchmarks.training import Kept
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
 from pipelines.store import Place
-from pipelines.train.loop import World
+from pipelines.train.world import World
 from tests.conftest import tiny_spec
 
 
