@@ -51,8 +51,8 @@ def prepare(name: str, root: Path) -> Preset:
         shard_images=data.shard_images,
     )
     # What only ingesting looks at goes back to its default, or `ddpm` says that it has no effect.
-    asked = {"source": str(place), "image_size": data.image_size, "channels": data.channels}
-    kept = {field: getattr(data, field) for field in ("window", "flip", "shift", "on_error")}
+    asked: dict[str, Any] = {"source": str(place), "image_size": data.image_size, "channels": data.channels}
+    kept: dict[str, Any] = {field: getattr(data, field) for field in ("window", "flip", "shift", "on_error")}
     train = spec.train.model_copy(update={"score": None})
     return Preset(spec.model_copy(update={"data": Data(**asked, **kept), "train": train}), place)
 
