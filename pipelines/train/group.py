@@ -149,16 +149,12 @@ def _world(slots: int) -> World | None:
     """This worker among those with slots; None where there are none for it. Every worker calls it."""
     import ray.train
     import torch
-    import torch.distributed as dist
     from ray.train.torch import get_device
 
     context, device = ray.train.get_context(), get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    rank, size = context.get_world_rank(), context.get_world_size()
-    sharing = owners(size, slots)
-    group = dist.new_group(list(range(sharing))) if sharing < size else None
-    return World(rank, sharing, group, size - sharing, device) if rank < sharing else None
+    return World.among(context.get_world_rank(), context.get_world_size(), slots, device)
 
 
 def explained(error: BaseException, spec: Spec) -> BaseException:
