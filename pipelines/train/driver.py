@@ -16,7 +16,7 @@ from pipelines.spec import Spec
 from pipelines.store import DamageError, Place
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA, MODEL
-from pipelines.train.end import End, Why, last_step, plateau_end, record_end, recorded_end
+from pipelines.train.end import End, Why, known_end, last_step, plateau_end, record_end
 from pipelines.train.group import workers_needed
 from pipelines.train.run import Run, environment
 from pipelines.train.watch import Watch
@@ -46,8 +46,8 @@ def train(
     if (done := trained(run, spec)) is not None:
         run.checkpoints.pin(done.step)
         _say_what_was_damaged(run, dataset, progress)
-        tracker.ship(run, spec, dataset, final=True)
-        return done
+        with tracker.shipping(run, spec, dataset, progress, driven=False):
+            return done
     further = [step for step in run.checkpoints.steps() if step > spec.train.total_steps]
     if further:
         raise UserError(
@@ -63,16 +63,16 @@ def train(
             _say_what_changed(run.checkpoints.environment(step), progress)
             _say_what_was_damaged(run, dataset, progress)
         _check_resources(spec, cluster)
-        tracker.start(run, spec, dataset)
-        try:
-            why = Watch(spec, dataset, run, cluster, tracker, progress).run()
-        except KeyboardInterrupt:
-            step = run.checkpoints.latest_step()
-            kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
-            progress.say(f"run {run.name} {kept}")
-            raise
-        _record_end(run, spec, why, progress)
-        tracker.ship(run, spec, dataset, final=True)
+        with tracker.shipping(run, spec, dataset, progress):
+            try:
+                # By scores that were taken before, the end may have been reached already.
+                why = None if _is_at_its_plateau(run, spec) else Watch(spec, dataset, run, cluster, progress).run()
+            except KeyboardInterrupt:
+                step = run.checkpoints.latest_step()
+                kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
+                progress.say(f"run {run.name} {kept}")
+                raise
+            _record_end(run, spec, why, progress)
     done = trained(run, spec)
     if done is None:
         raise RuntimeError(f"run {run.name} ended without its last checkpoint, see {run.place}")
@@ -94,7 +94,7 @@ def trained(run: Run, spec: Spec) -> Trained | None:
         attempts=run.newest_attempt(),
         model_sha256=digests[MODEL],
         ema_sha256=digests[EMA],
-        why=None if (end := recorded_end(run, spec.train)) is None else end.why,
+        why=None if (end := known_end(run, spec.train)) is None else end.why,
         damaged=len(run.damage()),
     )
 
@@ -109,6 +109,11 @@ def _check_not_past_its_end(run: Run, spec: Spec) -> None:
         f"ends at {end.step * spec.train.global_batch:,}, and it keeps no checkpoint there; ask for more patience, or "
         "change the seed"
     )
+
+
+def _is_at_its_plateau(run: Run, spec: Spec) -> bool:
+    end = plateau_end(run, spec.train)
+    return end is not None and run.checkpoints.verifies(end.step)
 
 
 def _record_end(run: Run, spec: Spec, why: Why | None, progress: Progress) -> None:

@@ -4,7 +4,7 @@ What a limit came to is recorded in images, with the limit: under the same one t
 goes on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,11 +42,11 @@ def limits(train: Train) -> dict[str, Any]:
 
 
 def record_end(run: Run, train: Train, end: End) -> None:
-    """Keep where the run ended, and of what came after it nothing."""
+    """Keep where the run ended, and of what came after it nothing but what other limits came to."""
     record = {"format": FORMAT, "step": end.step, "images": end.step * train.global_batch, "why": end.why}
     (run.place / _END).write_json({**record, "limits": limits(train)})
     for step in run.checkpoints.steps():
-        if step > end.step:
+        if step > end.step and not run.checkpoints.is_pinned(step):
             run.checkpoints.at(step).remove()
 
 
@@ -63,18 +63,24 @@ def recorded_end(run: Run, train: Train) -> End | None:
     return End(record["step"], record["why"])
 
 
+def known_end(run: Run, train: Train) -> End | None:
+    """The end before `train.images` that is recorded, or that the scores come to."""
+    end = recorded_end(run, train) or plateau_end(run, train)
+    return None if end is None or end.step >= train.total_steps else end
+
+
 def last_step(run: Run, train: Train) -> int:
     """The step at which the run is complete, as far as is known."""
-    end = recorded_end(run, train)
+    end = known_end(run, train)
     return train.total_steps if end is None else end.step
 
 
-def plateau_end(run: Run, train: Train) -> End | None:
-    """The end that the scores so far come to."""
+def plateau_end(run: Run, train: Train, unsaved: Sequence[HeldOutScore] = ()) -> End | None:
+    """The end that the scores so far come to: those of the run's folder, and others that are still to get there."""
     if train.plateau is None:
         return None
     wanted = set(train.scored_steps(train.total_steps))
-    scores = [score for score in run.scores.all(train.total_steps) if score.step in wanted]
+    scores = [score for score in [*run.scores.all(train.total_steps), *unsaved] if score.step in wanted]
     step = patience_ran_out(scores, train.plateau)
     return None if step is None else End(step, "plateau")
 

@@ -22,7 +22,9 @@ from pipelines.train.end import kept_for_scores
 from pipelines.train.journal import Row
 from pipelines.train.reduce import tree_sum
 from pipelines.train.run import Run
+from pipelines.train.scores import HeldOutScore
 from pipelines.train.slots import QUARTILES
+from pipelines.train.usage import Usage
 from pipelines.train.world import World
 
 Figures = Mapping[str, float]
@@ -41,6 +43,7 @@ class Recorder:
         self._pending: list[tuple[Tensor, Figures, int, Figures]] = []
         self._rows: list[Row] = []
         self._writer = _Writer(run, attempt, train)
+        self._usage = None if world.rank else Usage()
         self._newest: Row | None = None
         self._live_at = 0.0
         self._mark = (time.perf_counter(), images)
@@ -61,6 +64,8 @@ class Recorder:
         now, (then, images_then) = time.perf_counter(), self._mark
         rate = (step * batch - images_then) / (now - then)
         self._mark = (now, step * batch)
+        common = {"images_per_second": rate, **(self._usage.process() if self._usage else {})}
+        of_host = self._usage.host() if self._usage else {}
         for i, (_, exact, at, wall) in enumerate(self._pending):
             sums, counts = totals[i, 1:].view(2, QUARTILES)
             by_quartile = {
@@ -72,7 +77,7 @@ class Recorder:
                 images=(first + i) * batch,
                 time_ms=at,
                 exact={name: value for name, value in figures.items() if math.isfinite(value)},
-                wall={"images_per_second": rate, **wall},
+                wall={**common, **wall, **(of_host if i == len(self._pending) - 1 else {})},
             )
             self._rows.append(row)
         self._pending.clear()
@@ -93,6 +98,15 @@ class Recorder:
         if self._world.rank == 0:
             check_newest(self._run, self._attempt)
             self._run.checkpoints.save_snapshot(step, profiles())
+
+    def save_score(self, score: HeldOutScore, grid: bytes) -> None:
+        """Keep a score, after the checkpoint that it is of; where the storage fails, with the next one."""
+        self._writer.write_score(score, grid)
+
+    @property
+    def unsaved_scores(self) -> list[HeldOutScore]:
+        """Those that the storage did not take yet."""
+        return [score for score, _ in self._writer.scores]
 
     def settle(self) -> None:
         """Wait until what was to be saved is. What the storage did not take is left for the next checkpoint."""
@@ -131,6 +145,8 @@ class _Writer:
         self._left: tuple[Checkpoint, list[Row]] | None = None
         """What is being written, or could not be."""
         self._thread: threading.Thread | None = None
+        self.scores: list[tuple[HeldOutScore, bytes]] = []
+        """Held-out scores that are to be written, with their pictures."""
         self._error: BaseException | None = None
         self.trouble: str | None = None
         """What the storage says, where it does not take checkpoints."""
@@ -141,6 +157,11 @@ class _Writer:
         self._left = (checkpoint, [*unwritten, *rows])
         self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def write_score(self, score: HeldOutScore, grid: bytes) -> None:
+        self.wait()
+        self.scores.append((score, grid))
+        self._work()
 
     def wait(self) -> None:
         if self._thread is not None:
@@ -153,31 +174,39 @@ class _Writer:
         self.wait()
         pause = _LAST_PAUSE_SECONDS
         for _ in range(_LAST_ATTEMPTS - 1):
-            if self._left is None:
+            if self._left is None and not self.scores:
                 return
             time.sleep(pause)
             pause *= 2
             self._work()
             self.wait()
-        if self._left is not None:
+        if self._left is not None or self.scores:
             raise Failed(
                 f"run {self._run.name}: {self.trouble}; mend that and run it again, it goes on from what it has"
             )
 
     def _work(self) -> None:
-        assert self._left is not None
-        checkpoint, rows = self._left
+        """Write what there is, in its order; a step's score is told of no checkpoint that is not there."""
+        doing = ""
         try:
             check_newest(self._run, self._attempt)
-            self._run.journal.commit(self._attempt, rows)
-            also = kept_for_scores(self._run, self._train)
-            self._run.checkpoints.save(checkpoint, self._train.keep_checkpoints, self._train.keep_every, also)
+            if self._left is not None:
+                checkpoint, rows = self._left
+                doing = f"checkpoint {checkpoint.step}"
+                self._run.journal.commit(self._attempt, rows)
+                also = kept_for_scores(self._run, self._train)
+                self._run.checkpoints.save(checkpoint, self._train.keep_checkpoints, self._train.keep_every, also)
+                self._left = None
+            while self.scores:
+                doing = f"the score of step {self.scores[0][0].step}"
+                self._run.scores.commit(*self.scores[0])
+                del self.scores[0]
         except (OSError, StorageError) as error:
-            self.trouble = f"checkpoint {checkpoint.step} could not be written ({one_line(error)})"
+            self.trouble = f"{doing} could not be written ({one_line(error)})"
         except BaseException as error:  # raised where it is waited for
             self._error = error
         else:
-            self._left = self.trouble = None
+            self.trouble = None
 
 
 def check_newest(run: Run, attempt: int) -> None:

@@ -1,7 +1,7 @@
-"""Watches a run while its group trains: tells how far it is, ships what the tracker may have, has scores taken.
+"""Watches a run while its group trains: tells how far it is, and has scores taken.
 
 `fit()` runs beside the main thread, because Ray's own handler of SIGINT would abort the group, and because the main
-thread reads the run's folder meanwhile.
+thread reads the run's folder meanwhile. What the tracker may have is sent by a third (`pipelines.tracking.shipper`).
 """
 
 import threading
@@ -12,14 +12,12 @@ from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed
 from pipelines.progress import Progress, counted
 from pipelines.spec import Spec
-from pipelines.tracking import Tracker
 from pipelines.train.beside import ScoresBeside
 from pipelines.train.end import Why, plateau_end
 from pipelines.train.group import explained, fit_through_deaths
 from pipelines.train.run import LIVE, Run
 
 _WATCH_SECONDS = 0.25
-_SHIP_SECONDS = 5.0
 _CLUSTER_SECONDS = 1.0
 _STOP_SECONDS = 12.0
 _PATIENCE_SECONDS = 900.0
@@ -29,11 +27,9 @@ _PATIENCE_SECONDS = 900.0
 class Watch:
     """Of one drive of a run, whose lock is the caller's."""
 
-    def __init__(
-        self, spec: Spec, dataset: Dataset, run: Run, cluster: Cluster, tracker: Tracker, progress: Progress
-    ) -> None:
+    def __init__(self, spec: Spec, dataset: Dataset, run: Run, cluster: Cluster, progress: Progress) -> None:
         self._spec, self._dataset, self._run = spec, dataset, run
-        self._cluster, self._tracker, self._progress = cluster, tracker, progress
+        self._cluster, self._progress = cluster, progress
         self._beside = ScoresBeside.where_there_is_room(spec, dataset, run, cluster, progress)
         self._over = threading.Event()  # not the thread's word: of one whose `join` was interrupted it says it ended
         self._why: Why | None = None
@@ -73,21 +69,16 @@ class Watch:
             self._over.set()
 
     def _watch(self) -> None:
-        shipped = looked = time.monotonic()
+        looked = time.monotonic()
         leaving, cpus = set(self._cluster.draining()), self._cluster.cpus()
         while not self._over.wait(_WATCH_SECONDS):
             self._show()
-            now = time.monotonic()
-            if now - shipped > _SHIP_SECONDS:
-                self._tracker.ship(self._run, self._spec, self._dataset)
-                shipped = time.monotonic()
-            if now - looked > _CLUSTER_SECONDS:
+            if time.monotonic() - looked > _CLUSTER_SECONDS:
                 leaving, cpus = self._look_at_cluster(leaving, cpus)
                 looked = time.monotonic()
-            if self._beside is not None:
-                self._beside.look()
-                if plateau_end(self._run, self._spec.train) is not None:
-                    self._stop()
+            scored = self._beside is not None and self._beside.look()
+            if scored and plateau_end(self._run, self._spec.train) is not None:
+                self._stop()
             self._check_alive()
 
     def _look_at_cluster(self, leaving: set[str], cpus: int) -> tuple[set[str], int]:
@@ -120,10 +111,8 @@ class Watch:
         self._trouble = live["trouble"]
         workers = (live["workers"], live["idle"])
         if workers != self._workers and train.least_workers < train.most_workers:
-            idle = f", {workers[1]} more have nothing to do, for they do not divide {train.slots} slots"
-            self._progress.say(
-                f"{counted(workers[0], 'worker')} train{'s' if workers[0] == 1 else ''}{idle if workers[1] else ''}"
-            )
+            idle = f"; {workers[1]} more would not divide {train.slots} slots and wait" if workers[1] else ""
+            self._progress.say(f"{counted(workers[0], 'worker')} train{'s' if workers[0] == 1 else ''}{idle}")
         self._workers = workers
         if live != self._heard[1]:
             self._heard = (time.monotonic(), live)

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from pipelines.data.order import owners
+
 T = TypeVar("T")
 
 
@@ -20,6 +22,13 @@ class World:
     idle: int = 0
     """Processes beside them that have nothing to do, for their number does not divide the slots."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @staticmethod
+    def among(rank: int, size: int, slots: int, device: torch.device | None = None) -> "World | None":
+        """A rank of `size` processes, all of which call this; None for one that has no slots."""
+        sharing = owners(size, slots)
+        group = dist.new_group(list(range(sharing))) if sharing < size else None
+        return World(rank, sharing, group, size - sharing, device or torch.device("cpu")) if rank < sharing else None
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on all ranks."""

@@ -22,12 +22,14 @@ from pipelines.interop import Portable, write_diffusers
 from pipelines.models import of_checkpoint
 from pipelines.pipeline import run, run_sweep, run_training, train_step
 from pipelines.progress import Progress
-from pipelines.session import open_session
+from pipelines.registry.register import register
+from pipelines.session import Session, open_session
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place
 from pipelines.train import driver
 from pipelines.train.driver import Trained
 from pipelines.train.loop import train
+from pipelines.train.registered import with_first_weights
 from pipelines.train.run import Run, check_trainable
 from tests.conftest import tiny_fields, tiny_spec
 from tests.interop.interop_helpers import CIFAR10, DIGITS, WEIGHTS, assert_equal_outputs, theirs
@@ -221,3 +223,36 @@ def test_a_network_that_diffusers_made_is_drawn_with_scored_and_trained_on(datas
     assert_fits(spec, dataset)
     _, trained = of_checkpoint(begun(spec, dataset, tmp_path), 1).build()
     assert_equal_outputs(trained, unet, 8)
+
+
+def test_a_registered_model_is_where_a_run_begins(session: Session, dataset: Dataset) -> None:
+    first = begun(tiny_spec(model={**MODEL, "norm_eps": 1e-6}), dataset, session.store.path)
+    model, tracker = of_checkpoint(first, 1), session.tracker
+    version = register(model, "tiny", tracker.run_id(first, first.spec(), dataset), session.tracking_uri, {})
+    named = tiny_spec(model={**MODEL, "norm_eps": 1e-6}, train__init_from=f"tiny@{version}", train__images=32)
+    resolved = with_first_weights(named, session)
+    assert resolved.train.init_from is not None
+    # The same run as from the checkpoint that was registered; and the folder says what its weights mean.
+    there = named.model_copy(
+        update={"train": named.train.model_copy(update={"init_from": str(first.checkpoints.at(1))})}
+    )
+    assert Run.of(resolved, dataset.digest, session.store).name == Run.of(there, dataset.digest, session.store).name
+    assert_fits(resolved, dataset)
+    with pytest.raises(UserError, match=r"model\.norm_eps is 1\.0e-06 there, 1\.0e-05 here"):
+        check_trainable(tiny_spec(train__init_from=resolved.train.init_from), dataset)
+    outcome = train(resolved, dataset, started := described(resolved, dataset, session))
+    assert outcome.step == 1
+    begins = build_model(resolved)
+    begins.load_state_dict(safetensors.torch.load(model.weights))
+    moved = started.checkpoints.load(1).model
+    assert all((moved[name] - weight).abs().max() < 0.01 for name, weight in begins.state_dict().items())
+
+    missing = tiny_spec(train__init_from="tiny@7")
+    with pytest.raises(UserError, match=r"train\.init_from: tiny@7: no such version or alias in sqlite"):
+        run_training(missing, session)
+
+
+def described(spec: Spec, dataset: Dataset, session: Session) -> Run:
+    run = Run.of(spec, dataset.digest, session.store)
+    run.describe(spec, dataset.digest)
+    return run

@@ -17,7 +17,7 @@ from pipelines.data.manifest import Dataset
 from pipelines.data.order import slot_positions
 from pipelines.data.reader import Reader
 from pipelines.models import of_checkpoint
-from pipelines.spec import Spec
+from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place
 from pipelines.train.loop import Outcome, Trainer, World, train, train_from_config
 from pipelines.train.run import Run
@@ -78,7 +78,9 @@ def make_run(spec: Spec, dataset: Dataset, store: Path) -> Run:
 def _rank(rank: int, size: int, configs: list[dict[str, object]], folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     for config in configs:
-        train_from_config(config, World(rank, size))
+        spec = parse_spec(config["spec"])
+        if (world := World.among(rank, size, spec.train.slots)) is not None:
+            train_from_config(config, world)
     dist.destroy_process_group()
 
 
@@ -104,7 +106,8 @@ def assert_same_bits(run: Run, other: Run, step: int) -> None:
 def test_two_workers_make_the_same_bits_as_one(
     dataset: Dataset, undisturbed: tuple[Run, Outcome], tmp_path: Path
 ) -> None:
-    specs = [keyed_spec(train__workers=2), conditional_spec(train__workers=2, train__checkpoint_every=3)]
+    in_bfloat16 = keyed_spec(train__workers=2, train__precision="bfloat16", train__images=320)
+    specs = [keyed_spec(train__workers=2), conditional_spec(train__workers=2, train__checkpoint_every=3), in_bfloat16]
     runs = [make_run(spec, dataset, tmp_path) for spec in specs]
     configs = [
         {"spec": spec.model_dump(mode="json"), "dataset": str(dataset.place), "run": str(run.place)}
@@ -122,6 +125,35 @@ def test_two_workers_make_the_same_bits_as_one(
     averages = [of_checkpoint(run, outcome.step) for run in (runs[1], alone)]
     assert averages[0].average.startswith("power function, sigma_rel 0.08")
     assert averages[0].weights == averages[1].weights
+
+    alone = make_run(in_bfloat16, dataset, tmp_path / "alone")
+    outcome = train(in_bfloat16, dataset, alone)
+    assert runs[2].name == alone.name != runs[0].name
+    assert_same_bits(runs[2], alone, outcome.step)
+    weights = alone.checkpoints.load(outcome.step).model
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    # Another rounding of the same training: near the one in float32, and not the same.
+    losses = [[row.exact["loss"] for row in run.journal.read(outcome.step)] for run in (runs[0], alone)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_worker_too_many_has_nothing_to_do_and_ranks_share_a_score(dataset: Dataset, tmp_path: Path) -> None:
+    """Three processes, four slots: two share them, and the scores; both end where these say."""
+    train_fields = {**keyed_spec().train.model_dump(), "workers": 3, "learning_rate": 1e-12, "images": 10**6}
+    ends = {"score": {"every_images": 64, "images": 20, "timesteps": 2, "grid": 2}, "plateau": {"patience_images": 128}}
+    spec = keyed_spec(train={**train_fields, **ends})
+    run, alone = (make_run(spec, dataset, tmp_path / name) for name in ("three", "one"))
+    config = {"spec": spec.model_dump(mode="json"), "dataset": str(dataset.place), "run": str(run.place)}
+    torch.multiprocessing.spawn(_rank, (3, [config], str(tmp_path)), nprocs=3)
+    outcome = train(spec, dataset, alone)
+    assert outcome.why == "plateau"
+    assert_same_bits(run, alone, outcome.step)
+    assert len(list(run.place.path.glob("workers/*"))) == 2
+    assert run.scores.steps() == alone.scores.steps()
+    for ours, theirs in zip(run.scores.all(), alone.scores.all(), strict=True):
+        assert (ours.bits_per_dim, ours.low, ours.error) == (theirs.bits_per_dim, theirs.low, theirs.error)
+        assert run.scores.picture(ours.step).read() == alone.scores.picture(ours.step).read()
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(
