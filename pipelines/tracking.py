@@ -51,13 +51,22 @@ class Address:
 
     @staticmethod
     def of(uri: str | None, store: Place) -> "Address":
-        """The tracker of a spec: by default a sqlite file in the store."""
-        uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store / 'mlflow.db'}"
-        uri = absolute_uri(uri)
+        """The tracker of a spec: by default a sqlite file in the store, if that is a folder; else UserError."""
+        uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if uri is None and not store.is_local:
+            raise UserError(
+                f"tracking.uri: MLflow's database cannot lie in {store}: give --tracking-uri, a server's address or "
+                "sqlite:////absolute/mlflow.db"
+            )
+        uri = absolute_uri(uri or f"sqlite:///{store / 'mlflow.db'}")
         if "://" in uri and uri.split("://")[0].split("+")[0] not in _SCHEMES:
             raise UserError(f"tracking.uri: {uri} is no address that MLflow knows; give one of {', '.join(_SCHEMES)}")
-        local = not uri.startswith(("http://", "https://", "databricks"))
-        return Address(uri, (store / "mlflow-artifacts").path.as_uri() if local else None)
+        if uri.startswith(("http://", "https://", "databricks")):
+            return Address(uri, None)
+        if store.is_local:
+            return Address(uri, (store / "mlflow-artifacts").path.as_uri())
+        database = _database_file(uri)
+        return Address(uri, Path(f"{database}-artifacts").as_uri() if database else str(store / "mlflow-artifacts"))
 
 
 class Tracker:
@@ -84,10 +93,14 @@ class Tracker:
         if not self.address.uri.startswith("sqlite:"):
             return MlflowClient(tracking_uri=self.address.uri, registry_uri=self.address.uri)
         # Two first users at once would both create the tables, and one of them fail.
-        with (self._store / "mlflow.lock").lock("the tracking database", wait=True):
+        with self._lock_file().lock("the tracking database", wait=True):
             client = MlflowClient(tracking_uri=self.address.uri, registry_uri=self.address.uri)
             client.search_experiments(max_results=1)
         return client
+
+    def _lock_file(self) -> Place:
+        database = _database_file(self.address.uri)
+        return self._store / "mlflow.lock" if self._store.is_local or not database else Place.of(f"{database}.lock")
 
     def start(self, run: Run, spec: Spec, dataset: Dataset) -> None:
         """Create the run's MLflow run, or find it again; params and lineage are written once."""
@@ -189,8 +202,8 @@ class Tracker:
 
     def still_there(self) -> bool:
         """Whether what was recorded at this address can be there: a local database's file exists."""
-        local = self.address.uri.removeprefix("sqlite:///")
-        return local == self.address.uri or Path(local).exists()
+        database = _database_file(self.address.uri)
+        return database is None or database.exists()
 
     def has_version(self, name: str, version: int, model: str) -> bool:
         """Whether the registry holds this version, of the model of this identity."""
@@ -246,6 +259,11 @@ class _Tolerant:
             warnings.warn(f"MLflow does not answer, {self._consequence}: {one_line(error)}", stacklevel=2)
             self._tracker._down = True
         return True
+
+
+def _database_file(uri: str) -> Path | None:
+    """The file of a local database; None of any other address."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def _records(run: Run) -> dict[str, dict[str, Any]]:

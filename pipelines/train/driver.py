@@ -6,7 +6,7 @@ thread reads the run's folder meanwhile: how far it is, and which rows of the jo
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,14 @@ from pipelines.data.damage import Damage
 from pipelines.data.manifest import Dataset
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
+from pipelines.files import StorageError
 from pipelines.progress import Progress, counted
 from pipelines.spec import Spec
 from pipelines.store import DamageError, Place
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA, MODEL
 from pipelines.train.group import explained, fit
-from pipelines.train.run import LIVE, Run, environment
+from pipelines.train.run import Run, environment
 
 _WATCH_SECONDS = 0.25
 _SHIP_SECONDS = 5.0
@@ -61,7 +62,7 @@ def train(
             f"train.images: run {run.name} is at {further[-1] * spec.train.global_batch:,} images already and keeps no "
             f"checkpoint at {spec.train.total_steps * spec.train.global_batch:,}; ask for more, or change the seed"
         )
-    with run.driving():
+    with run.driving() as check_held:
         run.describe(spec, dataset.digest)
         # Workers look again; here, a damaged one is named where the user reads it.
         if (step := run.checkpoints.latest_step()) is not None:
@@ -71,7 +72,7 @@ def train(
         _check_resources(spec, cluster)
         tracker.start(run, spec, dataset)
         try:
-            _fit_and_watch(spec, dataset, run, cluster, tracker, progress)
+            _fit_and_watch(spec, dataset, run, cluster, tracker, progress, check_held)
         except KeyboardInterrupt:
             step = run.checkpoints.latest_step()
             kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
@@ -159,7 +160,13 @@ def _check_resources(spec: Spec, cluster: Cluster) -> None:
 
 
 def _fit_and_watch(
-    spec: Spec, dataset: Dataset, run: Run, cluster: Cluster, tracker: Tracker, progress: Progress
+    spec: Spec,
+    dataset: Dataset,
+    run: Run,
+    cluster: Cluster,
+    tracker: Tracker,
+    progress: Progress,
+    check_held: Callable[[], None],
 ) -> None:
     failures: list[BaseException] = []
     over = threading.Event()  # not the thread's own word: of one whose `join` was interrupted Python 3.11 says it ended
@@ -172,16 +179,18 @@ def _fit_and_watch(
         finally:
             over.set()
 
-    (run.place / LIVE).path.unlink(missing_ok=True)
+    run.forget_live()
+    run.forget_asked()
     attempt = run.newest_attempt()
     threading.Thread(target=work, name="ray-train", daemon=True).start()
     shipped = looked = time.monotonic()
-    leaving, told = set(cluster.draining()), None
+    leaving, told, silent = set(cluster.draining()), None, False
     try:
         while not over.wait(_WATCH_SECONDS):
+            check_held()
             told = _show(run, spec, progress, told)
             if time.monotonic() - shipped > _SHIP_SECONDS:
-                tracker.ship(run, spec, dataset)
+                silent = _ship(run, spec, dataset, tracker, progress, silent)
                 shipped = time.monotonic()
             if time.monotonic() - looked > _DRAIN_SECONDS:
                 if more := cluster.draining() - leaving:
@@ -195,6 +204,17 @@ def _fit_and_watch(
         raise
     if failures:
         raise explained(failures[0])
+
+
+def _ship(run: Run, spec: Spec, dataset: Dataset, tracker: Tracker, progress: Progress, silent: bool) -> bool:
+    """Send what is new to the tracker; whether the storage, from which it is read, does not answer. Said once."""
+    try:
+        tracker.ship(run, spec, dataset)
+    except StorageError as error:
+        if not silent:
+            progress.say(f"warning: {error}; training goes on")
+        return True
+    return False
 
 
 def _stop(run: Run, over: threading.Event, progress: Progress) -> None:

@@ -1,12 +1,14 @@
 """The group of workers that train a run: Ray Train starts them, and starts them again when one dies."""
 
 import functools
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed
 from pipelines.spec import Spec
+from pipelines.store import Place
 from pipelines.train.loop import Hook, World, train_from_config
 from pipelines.train.run import Run
 
@@ -27,7 +29,7 @@ def fit(
     cpus: float = spec.train.threads
     if spec.train.oversubscribe:
         cpus = min(cpus, ray.cluster_resources().get("CPU", 1) / (2 * spec.train.workers))
-    notes = run.place / "ray"
+    notes = _notes_of(run)
     config = {"spec": spec.model_dump(mode="json"), "dataset": str(dataset.place), "run": str(run.place)}
     trainer = TorchTrainer(
         functools.partial(_worker, at_checkpoint=at_checkpoint),
@@ -52,6 +54,11 @@ def fit(
         notes.remove()
     if diverged:
         raise Failed(diverged)
+
+
+def _notes_of(run: Run) -> Place:
+    """A folder for what Ray notes of an attempt: the run's, or where that is none, one of this host's own."""
+    return run.place / "ray" if run.place.is_local else Place.of(tempfile.mkdtemp(prefix="ddpm-ray-"))
 
 
 def worker_environment(threads: int) -> dict[str, str]:

@@ -62,7 +62,7 @@ def read_initial(folder: str) -> Initial:
         raise UserError(f"train.init_from: {folder} is neither a checkpoint nor a folder of diffusers' DDPMPipeline")
     checkpoint = Place.of(folder)
     weights = safetensors.torch.load(checkpoint.read_folder(EMA)[EMA])
-    run = Run(Place(checkpoint.path.parent.parent))
+    run = Run(checkpoint.parent.parent)
     return Initial(weights, run.spec() if (run.place / "run.json").exists() else None)
 
 

@@ -21,11 +21,13 @@ from pipelines.sections import Train
 from pipelines.train.checkpoint import Checkpoint
 from pipelines.train.journal import Row
 from pipelines.train.reduce import tree_sum
-from pipelines.train.run import LIVE, Run
+from pipelines.train.run import Run
 
 QUARTILES = 4
 
 Figures = Mapping[str, float]
+
+_Snapshot = tuple[int, Mapping[float, Mapping[str, Tensor]]]  # of a step, by sigma_rel
 
 _LIVE_SECONDS = 0.5
 _LAST_ATTEMPTS = 6
@@ -94,10 +96,9 @@ class Recorder:
         self._rows = []
 
     def save_snapshot(self, step: int, profiles: Callable[[], Mapping[float, Mapping[str, Tensor]]]) -> None:
-        """Keep the power-function averages of this step, which the next checkpoint counts on."""
+        """Keep the power-function averages of this step while training goes on; the next checkpoint counts on them."""
         if self._rank == 0:
-            check_newest(self._run, self._attempt)
-            self._run.checkpoints.save_snapshot(step, profiles())
+            self._writer.keep_snapshot(step, profiles())
 
     def settle(self) -> None:
         """Wait until what was to be saved is. What the storage did not take is left for the next checkpoint."""
@@ -120,28 +121,47 @@ class Recorder:
             "skipped": self._newest.exact["skipped"],
             "trouble": self._writer.trouble,
         }
-        with contextlib.suppress(OSError):
-            (self._run.place / LIVE).write_json(live)
+        with contextlib.suppress(OSError, StorageError):
+            self._run.show(live)
 
 
 class _Writer:
-    """Commits one checkpoint at a time, in a thread of its own."""
+    """Commits snapshots and one checkpoint at a time, in a thread of its own."""
 
     def __init__(self, run: Run, attempt: int, train: Train) -> None:
         self._run, self._attempt, self._train = run, attempt, train
+        self._changing = threading.Lock()
+        self._snapshots: list[_Snapshot] = []
         self._left: tuple[Checkpoint, list[Row]] | None = None
-        """What is being written, or could not be."""
+        """What is being written, or could not be; and so the snapshots, which come before it."""
+        self._busy = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.trouble: str | None = None
-        """What the storage says, where it does not take checkpoints."""
+        """What the storage says, where it does not take what it is given."""
 
     def write(self, checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
-        self.wait()
-        unwritten = [] if self._left is None else self._left[1]
-        self._left = (checkpoint, [*unwritten, *rows])
-        self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
-        self._thread.start()
+        """Each is waited for in turn, until the storage does not take one: then nobody knows how long it would be
+        waited for, and the newest takes the place of the one that is tried still."""
+        if self.trouble is None or self._error is not None:
+            self.wait()
+        with self._changing:
+            unwritten = [] if self._left is None else self._left[1]
+            self._left = (checkpoint, [*unwritten, *rows])
+        self._start()
+
+    def keep_snapshot(self, step: int, profiles: Mapping[float, Mapping[str, Tensor]]) -> None:
+        with self._changing:
+            self._snapshots.append((step, profiles))
+        self._start()
+
+    def _start(self) -> None:
+        with self._changing:
+            if self._busy:
+                return
+            self._busy = True
+            self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+            self._thread.start()
 
     def wait(self) -> None:
         if self._thread is not None:
@@ -158,7 +178,7 @@ class _Writer:
                 return
             time.sleep(pause)
             pause *= 2
-            self._work()
+            self._start()
             self.wait()
         if self._left is not None:
             raise Failed(
@@ -166,18 +186,40 @@ class _Writer:
             )
 
     def _work(self) -> None:
-        assert self._left is not None
-        checkpoint, rows = self._left
+        more = True
+        while more:
+            with self._changing:
+                snapshots, left = tuple(self._snapshots), self._left
+            taken = self._commit(snapshots, left)
+            with self._changing:
+                # What came meanwhile is tried at once; what the storage did not take waits for the next checkpoint.
+                more = self._error is None and (len(self._snapshots) > len(snapshots) or self._left is not left)
+                self._busy = more
+                if taken:
+                    del self._snapshots[: len(snapshots)]
+                    self._left = None if self._left is left else self._left
+
+    def _commit(self, snapshots: Sequence[_Snapshot], left: tuple[Checkpoint, list[Row]] | None) -> bool:
+        """Whether the storage took them."""
+        what = "a snapshot" if left is None else f"checkpoint {left[0].step}"
         try:
             check_newest(self._run, self._attempt)
-            self._run.journal.commit(self._attempt, rows)
-            self._run.checkpoints.save(checkpoint, self._train.keep_checkpoints, self._train.keep_every)
+            for step, profiles in snapshots:
+                what = f"snapshot {step}"
+                self._run.checkpoints.save_snapshot(step, profiles)
+            if left is not None:
+                checkpoint, rows = left
+                what = f"checkpoint {checkpoint.step}"
+                self._run.journal.commit(self._attempt, rows)
+                self._run.checkpoints.save(checkpoint, self._train.keep_checkpoints, self._train.keep_every)
         except (OSError, StorageError) as error:
-            self.trouble = f"checkpoint {checkpoint.step} could not be written ({one_line(error)})"
+            self.trouble = f"{what} could not be written ({one_line(error)})"
+            return False
         except BaseException as error:  # raised where it is waited for
             self._error = error
-        else:
-            self._left = self.trouble = None
+            return False
+        self.trouble = None
+        return True
 
 
 def check_newest(run: Run, attempt: int) -> None:
