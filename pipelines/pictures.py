@@ -13,6 +13,7 @@ from pipelines.models import Model
 from pipelines.sample import Samples, read_samples
 from pipelines.spec import Spec
 from pipelines.store import Place, sha256
+from pipelines.train.end import last_step
 from pipelines.train.run import Run
 
 GRID, TRAJECTORY, SCHEDULE, LOSS = "grid.png", "trajectory.png", "schedule.png", "loss.png"
@@ -25,7 +26,7 @@ def draw_pictures(spec: Spec, dataset: Dataset, model: Model, training: Run, sam
     """Write every picture of a finished run into its folder; the sha256 of each."""
     process, _ = model.build()
     rows = [
-        row for row in training.journal.read(spec.train.total_steps) if "loss" in row.exact
+        row for row in training.journal.read(last_step(training, spec.train)) if "loss" in row.exact
     ]  # else it is not finite
     pictures = {
         GRID: _grid(samples),

@@ -13,6 +13,7 @@ from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.steps import Done, Step, Steps
 from pipelines.store import sha256
+from pipelines.train.end import last_step, limits
 from pipelines.train.run import Run, check_trainable, run_name, training_identity
 
 
@@ -136,13 +137,14 @@ def run_sweep(spec: Spec, session: Session) -> dict[str, Any]:
 def register_finished(training: Run, session: Session) -> dict[str, Any]:
     """Evaluate, sample and register a run that has ended, by the spec recorded with it."""
     spec = training.spec()
-    if not training.checkpoints.verifies(spec.train.total_steps):
+    step = last_step(training, spec.train)
+    if not training.checkpoints.verifies(step):
         raise UserError(f"run {training.name}: its training has not ended; `ddpm train` its spec first")
     steps = Steps(session.store / "steps", session.progress)
     dataset, _ = ingested(spec, session, steps)
     if dataset.digest != training.description()["dataset_digest"]:
         raise UserError(f"run {training.name}: its data source has changed since, so it cannot be evaluated as it was")
-    model = of_checkpoint(training, spec.train.total_steps)
+    model = of_checkpoint(training, step)
     evaluated = steps.run(evaluate_step(spec, dataset, model, session))
     steps.run(sample_step(spec, dataset, model, training, session))
     return steps.run(register_step(spec, dataset, model, training, evaluated, session)).outputs
@@ -163,7 +165,9 @@ def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
                 f"train.init_from: the weights in {spec.train.init_from} were changed at the start; try again"
             )
         images = done.step * spec.train.global_batch
-        return {**asdict(done), "summary": f"{images:,} images in {done.step:,} steps, run {done.run}"}
+        ended = {"budget": ", all that its budget allowed", "plateau": ", where its score got no better"}
+        told = f"{images:,} images in {done.step:,} steps{ended.get(done.why or '', '')}, run {done.run}"
+        return {**asdict(done), "summary": told}
 
     return Step(
         name="train",
@@ -172,12 +176,20 @@ def train_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
             **fields,
             "dataset": dataset.digest,
             "steps": spec.train.total_steps,
+            **{name: limit for name, limit in limits(spec.train).items() if limit is not None},
             "name": spec.name,
         },
         work=work,
         needs=lambda outputs: Run(session.store / "runs" / outputs["run"]).checkpoints.verifies(outputs["step"]),
-        doing=f"{counted(spec.train.workers, 'worker')} start{'s' if spec.train.workers == 1 else ''}",
+        doing=_starting(spec),
     )
+
+
+def _starting(spec: Spec) -> str:
+    least, most = spec.train.least_workers, spec.train.most_workers
+    if least < most:
+        return f"{least} to {counted(most, 'worker')} start"
+    return f"{counted(most, 'worker')} start{'s' if most == 1 else ''}"
 
 
 def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) -> Step:

@@ -1,6 +1,6 @@
 """The spec: everything a run is a function of, beside its data. YAML in, validated typed objects out.
 
-The whole and its identity are here, what each section holds in `pipelines/sections.py`. An unknown field is an error
+The whole and its identity are here, what each section holds in `pipelines/sections/`. An unknown field is an error
 that suggests the nearest name. `Spec.training_fields` says which fields make a run a different run.
 """
 
@@ -122,11 +122,19 @@ class Spec(Section):
             "resources",
             "oversubscribe",
             "checkpoint_every",
+            "checkpoint_minutes",
             "keep_checkpoints",
             "keep_every",
+            "keep_best",
+            "budget_minutes",
+            "plateau",
+            "score",
             "log_every",
         ):
             del train[name]
+        for name in ("precision", "compile"):  # at its default, a run is what it was before there was such a field
+            if train[name] == Train.model_fields[name].default:
+                del train[name]
         del train["ema_snapshot_every"]
         if self.train.ema_profiles:
             train["ema_snapshot_every"] = self.train.snapshot_every

@@ -62,6 +62,7 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
         raise UserError("data.held_out: fewer than 4 images are held out, too few to rank trials by; raise it")
     trials = trial_specs(spec)
     for _, trial in trials:
+        _check_comparable(trial)
         check_trainable(trial, dataset)
         warn_without_effect(trial, said=without_effect(spec))
     inputs = {
@@ -99,6 +100,16 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
         needs=lambda outputs: Place.of(outputs["winner"]).exists(),
         doing=f"{counted(len(trials), 'trial')}, {spec.sweep.concurrent} at a time",
     )
+
+
+def _check_comparable(trial: Spec) -> None:
+    """UserError where a trial could end early, or have another number of workers than was made room for."""
+    train = trial.train
+    ends = {"train.budget_minutes": train.budget_minutes, "train.plateau": train.plateau}
+    if given := next((name for name, value in ends.items() if value is not None), None):
+        raise UserError(f"{given}: trials are compared at as many images: leave it out; there is sweep.early_stop")
+    if train.least_workers != train.most_workers:
+        raise UserError("train.workers: a trial has a fixed number of them, give one number")
 
 
 def trial_specs(spec: Spec) -> list[tuple[dict[str, Any], Spec]]:
@@ -193,18 +204,19 @@ def _draws(sweep: Sweep, seed: int) -> list[dict[str, Any]]:
 
 
 def _resources(spec: Spec) -> dict[str, float]:
-    alone = spec.train.workers == 1 and not spec.train.oversubscribe
+    alone = spec.train.most_workers == 1 and not spec.train.oversubscribe
     return {"CPU": spec.train.threads if alone else _TRIAL_CPU}
 
 
 def _concurrent(spec: Spec, session: Session) -> int:
     """Trials at a time: no more than fit, or the groups would wait for CPUs that waiting trials hold."""
     assert spec.sweep is not None
-    need = spec.train.threads * spec.train.workers + (_TRIAL_CPU if spec.train.workers > 1 else 0)
+    workers = spec.train.most_workers
+    need = spec.train.threads * workers + (_TRIAL_CPU if workers > 1 else 0)
     fit = math.floor(session.cluster.cpus() / need)
     if fit < 1 and not spec.train.oversubscribe:
         raise UserError(
-            f"sweep: a trial of {counted(spec.train.workers, 'worker')} needs {need:g} CPUs, the cluster has "
+            f"sweep: a trial of {counted(workers, 'worker')} needs {need:g} CPUs, the cluster has "
             f"{session.cluster.cpus()}: lower train.workers or train.threads"
         )
     return max(1, min(spec.sweep.concurrent, fit))

@@ -43,12 +43,12 @@ def run_trial(config: Mapping[str, Any]) -> None:
 
 
 def _train(spec: Spec, dataset: Dataset, run: Run) -> None:
-    if spec.train.workers == 1:
-        train(spec, dataset, run, at_checkpoint=_report)
+    if spec.train.most_workers == 1:
+        train(spec, dataset, run, at_checkpoint=_report, scores=False)
     else:
         from ray.tune.integration.ray_train import TuneReportCallback
 
-        fit(spec, dataset, run, callbacks=[TuneReportCallback()], at_checkpoint=_report_from_worker)
+        fit(spec, dataset, run, callbacks=[TuneReportCallback()], at_checkpoint=_report_from_worker, scores=False)
 
 
 def _report(trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from pipelines.data.order import owners
 from pipelines.sections import Model, Train
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ def _of_training(train: Train, model: Model) -> list[str]:
         lines.append(f"train.ema_profiles: {twice[0]:g} is there more than once, and kept once")
     if train.ema_snapshot_every is not None and not train.ema_profiles:
         lines.append("train.ema_snapshot_every: has no effect without train.ema_profiles")
+    for workers in sorted({train.least_workers, train.most_workers}):
+        if idle := workers - owners(workers, train.slots):
+            lines.append(
+                f"train.workers: {workers} do not divide train.slots = {train.slots}: {idle} of them would "
+                "have nothing to do"
+            )
     if train.keep_every is not None and train.keep_every % train.checkpoint_every:
         both = math.lcm(train.keep_every, train.checkpoint_every)
         lines.append(

@@ -37,7 +37,7 @@ def test_a_written_spec_is_the_spec_also_where_nothing_is_meant() -> None:
         ("train.images=many", "train.images: "),
         ("train.images=1.5", "train.images: "),
         ("train.slots=3", "train.slots: 3 is not a power of two"),
-        ("train.workers=3", "train.workers: 3 does not divide train.slots = 4"),
+        ("train.workers=[2, 1]", r"train.workers: [2, 1] is not [least, most]"),
         ("train.global_batch=30", "train.global_batch: 30 is not a multiple of train.slots = 4"),
         ("data.image_size=9", "data.image_size: 9 is not divisible by 2"),
         ("data.image_size=4", "data.image_size: "),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipelines.data.sources import Digits
 from pipelines.errors import UserError
-from pipelines.evaluate.frechet import generator
+from pipelines.evaluate.chance import generator
 from pipelines.store import sha256
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")

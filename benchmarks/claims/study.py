@@ -16,10 +16,10 @@ from benchmarks.claims.cache import Cache
 from benchmarks.claims.data import Data, Pixels, Work
 from ddpm_core import Ema, GaussianDiffusion, NoiseSchedule, UNet, UNetConfig, losses, noise, sample
 from pipelines.data.pixels import to_model, to_pixels
+from pipelines.evaluate.chance import generator
 from pipelines.evaluate.evaluate import bits_score, estimate_bits, frechet_score
 from pipelines.evaluate.features import FORMAT as FEATURES_FORMAT
 from pipelines.evaluate.features import FeatureNet, train_feature_net
-from pipelines.evaluate.frechet import generator
 
 TIMESTEPS = 1000
 EMA_HALF_LIFE = 2000.0

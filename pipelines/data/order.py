@@ -119,9 +119,14 @@ def slot_positions(step: int, slot: int, slots: int, global_batch: int) -> Ints:
 
 def owned_slots(rank: int, workers: int, slots: int) -> range:
     """The slots that a rank computes, consecutive; none for ranks beyond the largest divisor of `slots`."""
-    owners = max(w for w in range(1, min(workers, slots) + 1) if slots % w == 0)
-    share = slots // owners
-    return range(rank * share, (rank + 1) * share) if rank < owners else range(0)
+    sharing = owners(workers, slots)
+    share = slots // sharing
+    return range(rank * share, (rank + 1) * share) if rank < sharing else range(0)
+
+
+def owners(workers: int, slots: int) -> int:
+    """How many of so many workers have slots: the largest number that divides them."""
+    return max(n for n in range(1, min(workers, slots) + 1) if slots % n == 0)
 
 
 def _permute(values: Ints, sizes: Ints, keys: _Words) -> Ints:

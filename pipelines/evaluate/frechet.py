@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm_core import noise
+from pipelines.evaluate.chance import generator
 
 Features = NDArray[np.float64]
 
@@ -97,8 +97,3 @@ def bootstrap_spread(a: Features, b: Features, seed: int, replicates: int) -> tu
         distances.append(frechet_distance(*again))
     low, high = np.quantile(np.array(distances) - np.mean(distances), [0.025, 0.975])
     return float(low), float(high)
-
-
-def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
-    """numpy's generator for one keyed purpose of an evaluation."""
-    return np.random.default_rng(noise.key(seed, f"evaluate-{purpose}", *index))

@@ -11,10 +11,10 @@ from pipelines.data.pixels import to_pixels
 from pipelines.data.reader import Reader
 from pipelines.drawing import Settings, draw
 from pipelines.errors import UserError
+from pipelines.evaluate.chance import choose_images
 from pipelines.evaluate.evaluate import HELD_OUT, REPLICATES, SPLITS, bits_score, estimate_bits, frechet_score
 from pipelines.evaluate.features import FORMAT as FEATURES_FORMAT
 from pipelines.evaluate.features import FeatureNet, train_feature_net
-from pipelines.evaluate.frechet import generator
 from pipelines.evaluate.scores import Score
 from pipelines.models import Model
 from pipelines.sample import read_samples, sample_spec
@@ -133,11 +133,6 @@ def sampled_frechet(model: Model, dataset: Dataset, spec: Spec, store: Place, n:
     drawn = [to_pixels(draw(process, unet, dataset.image_size, settings, indices)) for indices in chunks]
     score = frechet_score(net, np.concatenate(drawn)[:n], held_out, seed=spec.seed, provenance={})
     return score.value
-
-
-def choose_images(count: int, n: int, seed: int) -> np.ndarray:
-    """Indices of n images out of `count`, rising, drawn by the seed: a dataset may hold them class by class."""
-    return np.sort(generator(seed, "bits-images").permutation(count)[:n])
 
 
 def _bits_parts(images: np.ndarray, labels: np.ndarray, spec: Spec) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -11,6 +11,7 @@ from pipelines.registry.promote import EVIDENCE
 from pipelines.registry.register import register
 from pipelines.spec import Spec
 from pipelines.tracking import Tracker
+from pipelines.train.end import last_step
 from pipelines.train.run import Run
 
 
@@ -18,7 +19,7 @@ def register_run(
     spec: Spec, dataset: Dataset, model: Model, training: Run, evaluation: Mapping[str, Any], tracker: Tracker
 ) -> tuple[int, str]:
     """Complete the run in MLflow (metrics, scores, pictures) and register its model; (version, MLflow run id)."""
-    step = spec.train.total_steps
+    step = last_step(training, spec.train)
     run_id = tracker.run_id(training, spec, dataset)
     tracker.ship(training, spec, dataset, final=True)
     tracker.scores(run_id, evaluation["evidence"], step=step)

@@ -19,6 +19,8 @@ from pipelines.sections.surroundings import Tracking as Tracking
 from pipelines.sections.sweep import Sweep as Sweep
 from pipelines.sections.train import P2 as P2
 from pipelines.sections.train import MinSnr as MinSnr
+from pipelines.sections.train import Plateau as Plateau
+from pipelines.sections.train import Score as Score
 from pipelines.sections.train import Train as Train
 from pipelines.sections.train import Uniform as Uniform
 from pipelines.sections.use import Evaluate as Evaluate

@@ -1,8 +1,8 @@
 """The training."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.sections.base import Section
 
@@ -30,25 +30,76 @@ class P2(Section):
 Weighting = Annotated[Uniform | MinSnr | P2, Field(discriminator="kind")]
 
 
+class Score(Section):
+    """Of held-out images, while a run trains. It decides no bit of it, but with `train.plateau` where it ends."""
+
+    every_images: PositiveInt | None = None
+    """Images between scores, each at the first whole batch, where a checkpoint is made. By default the ranks score at
+    checkpoints, as often as it takes less than a twentieth of the time, and spare hosts whenever they can."""
+    images: Annotated[int, Field(ge=2)] = 64
+    """Held-out images that are scored."""
+    timesteps: Annotated[int, Field(ge=2)] = 8
+    """Of each image's bits/dim, and bins of log-SNR for which an error is given."""
+    grid: PositiveInt = 16
+    """Images drawn, from the same noise each time."""
+    grid_steps: PositiveInt = 20
+    """Steps of DDIM for each."""
+
+
+class Plateau(Section):
+    """The end of a run whose held-out bits/dim does not fall any more."""
+
+    patience_images: PositiveInt
+    """Images without a gain after which the run ends, with what it is then."""
+    least_gain: Annotated[float, Field(ge=0)] = 0.0
+    """Bits/dim below the best by which a score must lie to count as a gain."""
+
+
+def _checked_workers(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        numbers = list(value)
+        if len(numbers) != 2 or not all(type(n) is int and n > 0 for n in numbers) or numbers[0] > numbers[1]:
+            raise ValueError(f"train.workers: {value} is not [least, most], two numbers, rising")
+        return numbers[0] if numbers[0] == numbers[1] else numbers
+    if type(value) is not int or value < 1:
+        raise ValueError(f"train.workers: give a number, or [least, most], not {value!r}")
+    return value
+
+
 class Train(Section):
     images: PositiveInt
     """Images to train on (the clock of everything); rounds up to a whole batch."""
     global_batch: PositiveInt = 128
     slots: PositiveInt = 4
     """Parts of a batch, a power of two; workers share them out."""
-    workers: PositiveInt = 1
+    workers: Annotated[int | list[int], BeforeValidator(_checked_workers)] = 1
+    """How many train, or [least, most] to take as many as there is room for, more or fewer as hosts come and go."""
     threads: PositiveInt = 1
     """Torch threads a worker; part of the run's identity."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """In which the network computes; weights, gradients' sums, optimizer and averages are float32."""
+    compile: bool = False
+    """By torch.compile, which needs a compiler on each host; it is outside of what makes the same bits elsewhere."""
     resources: dict[str, PositiveFloat] = {}
     """Ray resources a worker, beside its CPUs."""
     oversubscribe: bool = False
     """Allow more workers than cores (for tests)."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints."""
+    checkpoint_minutes: PositiveFloat | None = None
+    """Most minutes between checkpoints, whatever the steps."""
     keep_checkpoints: PositiveInt = 3
     """The last so many."""
     keep_every: PositiveInt | None = None
     """Steps between checkpoints that are kept for good, beside the last ones."""
+    keep_best: bool = False
+    """Keep the one with the best held-out score, too."""
+    budget_minutes: PositiveFloat | None = None
+    """Minutes of training after which the run ends before `images`; the images that it reached are recorded."""
+    plateau: Plateau | None = None
+    """End the run before `images` where its held-out score gets no better."""
+    score: Score | None = Score()
+    """Held-out scores along the way; null for none."""
     log_every: PositiveInt = 10
     """Steps between rows of the journal."""
     learning_rate: PositiveFloat = 2e-4
@@ -85,8 +136,19 @@ class Train(Section):
             raise ValueError(f"train.slots: {self.slots} is not a power of two")
         if self.global_batch % self.slots:
             raise ValueError(f"train.global_batch: {self.global_batch} is not a multiple of train.slots = {self.slots}")
-        if self.slots % self.workers:
-            raise ValueError(f"train.workers: {self.workers} does not divide train.slots = {self.slots}")
+        return self
+
+    @model_validator(mode="after")
+    def _what_ends_it_is_scored(self) -> "Train":
+        needs = "train.plateau" if self.plateau is not None else "train.keep_best" if self.keep_best else None
+        if needs is not None and self.score is None:
+            raise ValueError(f"{needs}: it needs train.score, which is off")
+        if self.plateau is not None and self.score is not None and self.score.every_images is None:
+            raise ValueError(
+                "train.score.every_images: train.plateau needs it, or the clock would decide where a run ends"
+            )
+        if self.plateau is not None and self.decay == "cosine":
+            raise ValueError("train.plateau: with train.decay cosine the score is best at the end: use decay constant")
         return self
 
     @model_validator(mode="after")
@@ -101,6 +163,14 @@ class Train(Section):
         return self
 
     @property
+    def least_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
     def total_steps(self) -> int:
         return -(-self.images // self.global_batch)
 
@@ -108,6 +178,13 @@ class Train(Section):
     def snapshot_every(self) -> int:
         """Images between the snapshots of `ema_profiles`."""
         return self.ema_snapshot_every or -(-self.total_steps * self.global_batch // _SNAPSHOTS)
+
+    def scored_steps(self, last: int) -> list[int]:
+        """The steps up to `last` after which held-out images are scored, rising; none where no interval is given."""
+        if self.score is None or self.score.every_images is None:
+            return []
+        batch, every = self.global_batch, self.score.every_images
+        return sorted({-(-k * every // batch) for k in range(1, last * batch // every + 1)})
 
     def snapshot_steps(self, last: int) -> list[int]:
         """The steps up to `last` after which a snapshot of `ema_profiles` is kept, rising: on the clock of images, so

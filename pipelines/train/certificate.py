@@ -76,7 +76,7 @@ def certify(
     undisturbed, disturbed = (_begun(spec, dataset, place / name) for name in ("undisturbed", "disturbed"))
     with undisturbed.driving():
         progress.start("undisturbed", f"{steps} steps")
-        fit(_shortened(spec, steps, spec.train.workers), dataset, undisturbed)
+        fit(_shortened(spec, steps, spec.train.most_workers), dataset, undisturbed)
         progress.finish("undisturbed", f"{steps} steps")
     seed = random.SystemRandom().randrange(2**32)
     with disturbed.driving():
@@ -93,7 +93,7 @@ def certify(
         differs=differs,
         digests=undisturbed.checkpoints.digests(steps),
         kills=disturbance.killed,
-        undisturbed_workers=spec.train.workers,
+        undisturbed_workers=spec.train.most_workers,
         workers=disturbance.took_turns,
         seed=seed,
         environment=environment(),
@@ -207,7 +207,7 @@ def _numbers_of_workers(spec: Spec, cluster: Cluster) -> list[int]:
     """Other numbers than the spec's, then its own, and so on: all that share the slots out and fit the cluster."""
     cores = cluster.cpus() // spec.train.threads
     fit_in = [n for n in (1, 2, 4, 8) if spec.train.slots % n == 0 and (n <= cores or spec.train.oversubscribe)]
-    return [n for n in fit_in if n != spec.train.workers] + [spec.train.workers]
+    return [n for n in fit_in if n != spec.train.most_workers] + [spec.train.most_workers]
 
 
 def _begun(spec: Spec, dataset: Dataset, store: Place) -> Run:
@@ -222,5 +222,6 @@ def _shortened(spec: Spec, steps: int, workers: int) -> Spec:
         "workers": workers,
         "checkpoint_every": max(2, steps // _INTERVALS),
         "log_every": 1,
+        **dict.fromkeys(("checkpoint_minutes", "budget_minutes", "plateau", "score")),
     }
     return spec.model_copy(update={"train": spec.train.model_copy(update=changes)})

@@ -7,7 +7,7 @@ each. It appears whole or not at all; a damaged one is named and passed over for
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,8 +67,10 @@ class Checkpoints:
                     if name.isdigit() and name not in whole:
                         (place / name).remove()
 
-    def save(self, checkpoint: Checkpoint, keep: int, every: int | None = None) -> None:
-        """Commit a checkpoint and thin out all but the last `keep`, and those at multiples of `every` steps."""
+    def save(self, checkpoint: Checkpoint, keep: int, every: int | None = None, also: Collection[int] = ()) -> None:
+        """Commit a checkpoint and thin out all but the last `keep`, those at multiples of `every` steps, and those of
+        the steps in `also`.
+        """
         state = {
             "format": FORMAT,
             "step": checkpoint.step,
@@ -88,7 +90,7 @@ class Checkpoints:
         # Only what this one supersedes: a later one that was passed over as damaged is not a reason to lose it.
         pinned = set((self.place / _PINS).list())
         for step in [step for step in self.steps() if step <= checkpoint.step][:-keep]:
-            if str(step) not in pinned and (every is None or step % every):
+            if str(step) not in pinned and step not in also and (every is None or step % every):
                 self.at(step).remove()
 
     def save_snapshot(self, step: int, profiles: Mapping[float, Mapping[str, Tensor]]) -> None:

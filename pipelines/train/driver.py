@@ -1,12 +1,6 @@
-"""Drives a training run: Ray Train starts the workers and restarts the dead; the driver watches and reports.
+"""Drives a training run from wherever it is to its end, and says what there is to say of it."""
 
-`fit()` runs beside the main thread, because Ray's own handler of SIGINT would abort the group, and because the main
-thread reads the run's folder meanwhile: how far it is, and which rows of the journal the tracker may have.
-"""
-
-import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +11,15 @@ from pipelines.data.damage import Damage
 from pipelines.data.manifest import Dataset
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
-from pipelines.files import StorageError
 from pipelines.progress import Progress, counted
 from pipelines.spec import Spec
 from pipelines.store import DamageError, Place
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA, MODEL
-from pipelines.train.group import explained, fit
+from pipelines.train.end import End, Why, last_step, plateau_end, record_end, recorded_end
+from pipelines.train.group import workers_needed
 from pipelines.train.run import Run, environment
-
-_WATCH_SECONDS = 0.25
-_SHIP_SECONDS = 5.0
-_DRAIN_SECONDS = 1.0
-_STOP_SECONDS = 12.0
+from pipelines.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -44,6 +34,8 @@ class Trained:
     ema_sha256: str
     damaged: int
     """Training images that were damaged and had others read in their place; which, is in the run's `damage/`."""
+    why: Why | None = None
+    """What ended it before `train.images`, if anything did."""
 
 
 def train(
@@ -62,6 +54,7 @@ def train(
             f"train.images: run {run.name} is at {further[-1] * spec.train.global_batch:,} images already and keeps no "
             f"checkpoint at {spec.train.total_steps * spec.train.global_batch:,}; ask for more, or change the seed"
         )
+    _check_not_past_its_end(run, spec)
     with run.driving() as check_held:
         run.describe(spec, dataset.digest)
         # Workers look again; here, a damaged one is named where the user reads it.
@@ -72,12 +65,13 @@ def train(
         _check_resources(spec, cluster)
         tracker.start(run, spec, dataset)
         try:
-            _fit_and_watch(spec, dataset, run, cluster, tracker, progress, check_held)
+            why = Watch(spec, dataset, run, cluster, tracker, progress, check_held).run()
         except KeyboardInterrupt:
             step = run.checkpoints.latest_step()
             kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
             progress.say(f"run {run.name} {kept}")
             raise
+        _record_end(run, spec, why, progress)
         tracker.ship(run, spec, dataset, final=True)
     done = trained(run, spec)
     if done is None:
@@ -89,7 +83,7 @@ def train(
 
 def trained(run: Run, spec: Spec) -> Trained | None:
     """What a finished run made, or None while it is not finished."""
-    step = spec.train.total_steps
+    step = last_step(run, spec.train)
     if not run.checkpoints.verifies(step):
         return None
     digests = run.checkpoints.digests(step)
@@ -100,8 +94,29 @@ def trained(run: Run, spec: Spec) -> Trained | None:
         attempts=run.newest_attempt(),
         model_sha256=digests[MODEL],
         ema_sha256=digests[EMA],
+        why=None if (end := recorded_end(run, spec.train)) is None else end.why,
         damaged=len(run.damage()),
     )
+
+
+def _check_not_past_its_end(run: Run, spec: Spec) -> None:
+    """UserError where the scores so far end the run at a step that it went past, and of which it keeps nothing."""
+    end, steps = plateau_end(run, spec.train), run.checkpoints.steps()
+    if end is None or not steps or end.step not in range(1, steps[-1]) or run.checkpoints.verifies(end.step):
+        return
+    raise UserError(
+        f"train.plateau: run {run.name} is at {steps[-1] * spec.train.global_batch:,} images already, by its scores it "
+        f"ends at {end.step * spec.train.global_batch:,}, and it keeps no checkpoint there; ask for more patience, or "
+        "change the seed"
+    )
+
+
+def _record_end(run: Run, spec: Spec, why: Why | None, progress: Progress) -> None:
+    """Keep what ended the run before `train.images`, if anything did."""
+    end = End(run.last_step(), why) if why == "budget" else plateau_end(run, spec.train)
+    if end is not None and end.step < spec.train.total_steps:
+        record_end(run, spec.train, end)
+        progress.say(f"run {run.name} {end.told(spec.train)}")
 
 
 def _say_what_changed(then: Mapping[str, Any], progress: Progress) -> None:
@@ -144,96 +159,17 @@ def _is_whole(dataset: Dataset, damage: Damage) -> bool:
 
 
 def _check_resources(spec: Spec, cluster: Cluster) -> None:
-    cores, have = spec.train.workers * spec.train.threads, cluster.cpus()
+    workers, have = workers_needed(spec), cluster.cpus()
+    cores = workers * spec.train.threads
     if cores > have and not spec.train.oversubscribe:
         raise UserError(
-            f"train.workers: {counted(spec.train.workers, 'worker')} of {counted(spec.train.threads, 'thread')} need "
+            f"train.workers: {counted(workers, 'worker')} of {counted(spec.train.threads, 'thread')} need "
             f"{counted(cores, 'CPU')}, the cluster has {have}: lower it, or set train.oversubscribe for a test"
         )
     for resource, each in spec.train.resources.items():
-        need, there = spec.train.workers * each, cluster.resource(resource)
+        need, there = workers * each, cluster.resource(resource)
         if need > there:
             raise UserError(
-                f"train.resources: {counted(spec.train.workers, 'worker')} need {need:g} {resource}, "
+                f"train.resources: {counted(workers, 'worker')} need {need:g} {resource}, "
                 f"the cluster has {there:g}: lower one of them, or leave the resource out"
             )
-
-
-def _fit_and_watch(
-    spec: Spec,
-    dataset: Dataset,
-    run: Run,
-    cluster: Cluster,
-    tracker: Tracker,
-    progress: Progress,
-    check_held: Callable[[], None],
-) -> None:
-    failures: list[BaseException] = []
-    over = threading.Event()  # not the thread's own word: of one whose `join` was interrupted Python 3.11 says it ended
-
-    def work() -> None:
-        try:
-            fit(spec, dataset, run)
-        except BaseException as error:  # handed to the main thread
-            failures.append(error)
-        finally:
-            over.set()
-
-    run.forget_live()
-    run.forget_asked()
-    attempt = run.newest_attempt()
-    threading.Thread(target=work, name="ray-train", daemon=True).start()
-    shipped = looked = time.monotonic()
-    leaving, told, silent = set(cluster.draining()), None, False
-    try:
-        while not over.wait(_WATCH_SECONDS):
-            check_held()
-            told = _show(run, spec, progress, told)
-            if time.monotonic() - shipped > _SHIP_SECONDS:
-                silent = _ship(run, spec, dataset, tracker, progress, silent)
-                shipped = time.monotonic()
-            if time.monotonic() - looked > _DRAIN_SECONDS:
-                if more := cluster.draining() - leaving:
-                    progress.say(f"{counted(len(more), 'host')} will leave the cluster: a checkpoint is written now")
-                    leaving |= more
-                    run.ask("checkpoint")
-                looked = time.monotonic()
-    except KeyboardInterrupt:
-        if run.newest_attempt() > attempt:  # else no worker has begun, and there is nothing to keep
-            _stop(run, over, progress)
-        raise
-    if failures:
-        raise explained(failures[0])
-
-
-def _ship(run: Run, spec: Spec, dataset: Dataset, tracker: Tracker, progress: Progress, silent: bool) -> bool:
-    """Send what is new to the tracker; whether the storage, from which it is read, does not answer. Said once."""
-    try:
-        tracker.ship(run, spec, dataset)
-    except StorageError as error:
-        if not silent:
-            progress.say(f"warning: {error}; training goes on")
-        return True
-    return False
-
-
-def _stop(run: Run, over: threading.Event, progress: Progress) -> None:
-    """Have the workers stop after the step in hand, with a checkpoint; for so long they are waited for."""
-    progress.say("stopping after this step, with a checkpoint; interrupt again to leave at once")
-    end = time.monotonic() + _STOP_SECONDS
-    run.ask("stop")
-    while not over.wait(0.5) and time.monotonic() < end:
-        run.ask("stop")  # again: a checkpoint may have been asked for, and the answer to that deletes both
-
-
-def _show(run: Run, spec: Spec, progress: Progress, told: str | None) -> str | None:
-    """How far the run is, and what trouble it has with its storage, unless that was told before; what is told now."""
-    if (live := run.live()) is None:
-        return told
-    total = spec.train.total_steps * spec.train.global_batch
-    figures = {name: live[name] for name in ("loss", "skipped") if live[name]}  # no loss where it was not finite
-    progress.advance(live["images"], total, "images", rate=live["images_per_second"], **figures)
-    trouble: str | None = live["trouble"]
-    if trouble not in (None, told):
-        progress.say(f"warning: {trouble}; training goes on, and tries again at the next checkpoint")
-    return trouble

@@ -2,58 +2,127 @@
 
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipelines.data.manifest import Dataset
-from pipelines.errors import Failed
+from pipelines.data.order import owners
+from pipelines.errors import Failed, one_line
 from pipelines.spec import Spec
 from pipelines.store import Place
-from pipelines.train.loop import Hook, World, train_from_config
+from pipelines.train.end import Why
+from pipelines.train.loop import Hook, train_from_config
 from pipelines.train.run import Run
+from pipelines.train.world import World
 
-MAX_WORKER_FAILURES = 5
-"""Times the workers may die before the run gives up."""
-_STARTUP_FAILURES = 5
-_COLLECTIVE_SECONDS = 120
+_WORKER_FAILURES = 5
+_CONTROLLER_FAILURES = 2
+START_SECONDS = 180
+"""How long a group is waited for that does not find its resources."""
+_RESIZE_SECONDS = 10
+COLLECTIVE_SECONDS = 120
+"""How long ranks wait for one that does not answer."""
+
+
+def fit_through_deaths(
+    spec: Spec, dataset: Dataset, run: Run, say: Callable[[str], None], scores: bool = True
+) -> Why | None:
+    """`fit`, begun again where the group is past help though the run got on, or where its controller died."""
+    controllers = 0
+    while True:
+        before = _newest(run)
+        try:
+            return fit(spec, dataset, run, scores=scores)
+        except Failed:
+            raise
+        except Exception as error:
+            got_on = _newest(run) > before
+            controllers = 0 if got_on else controllers + 1
+            by_controller = _is_death(error)
+            if not (got_on or (by_controller and controllers <= _CONTROLLER_FAILURES)):
+                raise
+            what = (
+                "Ray Train's controller died"
+                if by_controller
+                else f"the workers failed ({one_line(explained(error, spec))})"
+            )
+            say(f"warning: {what}: the group starts again from the last checkpoint")
 
 
 def fit(
-    spec: Spec, dataset: Dataset, run: Run, callbacks: Sequence[Any] = (), at_checkpoint: Hook | None = None
-) -> None:
-    """Train with a group of Ray Train workers, in a process connected to Ray. The run's lock is the caller's."""
-    import ray
+    spec: Spec,
+    dataset: Dataset,
+    run: Run,
+    callbacks: Sequence[Any] = (),
+    at_checkpoint: Hook | None = None,
+    scores: bool = True,
+) -> Why | None:
+    """Train with a group of Ray Train workers, in a process connected to Ray; what ended it before `train.images`, if
+    anything did. The run's lock is the caller's. Failed where the training diverged.
+    """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    cpus: float = spec.train.threads
-    if spec.train.oversubscribe:
-        cpus = min(cpus, ray.cluster_resources().get("CPU", 1) / (2 * spec.train.workers))
     notes = _notes_of(run)
-    config = {"spec": spec.model_dump(mode="json"), "dataset": str(dataset.place), "run": str(run.place)}
+    config = {
+        "spec": spec.model_dump(mode="json"),
+        "dataset": str(dataset.place),
+        "run": str(run.place),
+        "scores": scores,
+    }
+    least, most = spec.train.least_workers, spec.train.most_workers
+    elastic = least != most
     trainer = TorchTrainer(
         functools.partial(_worker, at_checkpoint=at_checkpoint),
         train_loop_config=config,
-        torch_config=TorchConfig(timeout_s=_COLLECTIVE_SECONDS),
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
-            num_workers=spec.train.workers, resources_per_worker={"CPU": cpus, **spec.train.resources}
+            num_workers=(least, most) if elastic else workers_needed(spec),
+            use_gpu=on_gpu(spec),
+            resources_per_worker={"CPU": _cpus(spec), **spec.train.resources},
+            **({"elastic_resize_monitor_interval_s": _RESIZE_SECONDS} if elastic else {}),
         ),
         run_config=RunConfig(
             # Ray is given no checkpoints; what it notes about an attempt is of no use to the next one.
             name=f"attempt-{run.newest_attempt() + 1:04d}",
             storage_path=str(notes),
-            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=_STARTUP_FAILURES),
+            failure_config=FailureConfig(
+                max_failures=_WORKER_FAILURES, controller_failure_limit=START_SECONDS // _start_seconds()
+            ),
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=list(callbacks),
             worker_runtime_env={"env_vars": worker_environment(spec.train.threads)},
         ),
     )
     try:
-        diverged = trainer.fit().return_value
+        outcome: dict[str, Any] = trainer.fit().return_value
     finally:
         notes.remove()
-    if diverged:
-        raise Failed(diverged)
+    if outcome["failed"] is not None:
+        raise Failed(outcome["failed"])
+    return outcome["why"]
+
+
+def on_gpu(spec: Spec) -> bool:
+    """Whether the workers compute on GPUs: where the spec asks for them, or the cluster has one for each worker."""
+    import ray
+
+    return "GPU" in spec.train.resources or ray.cluster_resources().get("GPU", 0) >= spec.train.least_workers
+
+
+def _cpus(spec: Spec) -> float:
+    import ray
+
+    if not spec.train.oversubscribe:
+        return spec.train.threads
+    return min(spec.train.threads, ray.cluster_resources().get("CPU", 1) / (2 * spec.train.most_workers))
+
+
+def _start_seconds() -> int:
+    """How long Ray Train waits for a group's resources before it tries again."""
+    import os
+
+    return max(1, int(float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])))
 
 
 def _notes_of(run: Run) -> Place:
@@ -70,24 +139,69 @@ def worker_environment(threads: int) -> dict[str, str]:
     }
 
 
-def _worker(config: dict[str, Any], at_checkpoint: Hook | None) -> str | None:
-    import ray.train
-
-    context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size())
+def _worker(config: dict[str, Any], at_checkpoint: Hook | None) -> dict[str, Any]:
+    world = _world(config["spec"]["train"]["slots"])
+    if world is None:
+        return {"failed": None, "why": None}
     try:
-        train_from_config(config, world, at_checkpoint)
+        outcome = train_from_config(config, world, at_checkpoint)
     except (Failed, ValueError) as error:
         # Not raised: Ray would start the group again, which would meet the same bits again.
-        return str(error)
-    return None
+        return {"failed": str(error), "why": None}
+    return {"failed": None, "why": outcome.why}
 
 
-def explained(error: BaseException) -> BaseException:
-    """The failure of a worker, not Ray's wrapping of it."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
+def _world(slots: int) -> World | None:
+    """This worker among those with slots; None where there are none for it. Every worker calls it."""
+    import ray.train
+    import torch.distributed as dist
+    from ray.train.torch import get_device
+
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    sharing = owners(size, slots)
+    group = dist.new_group(list(range(sharing))) if sharing < size else None
+    return World(rank, sharing, group, size - sharing, get_device()) if rank < sharing else None
+
+
+def explained(error: BaseException, spec: Spec) -> BaseException:
+    """The failure of a worker, or of a start, not Ray's wrapping of it."""
+    if failures := getattr(error, "worker_failures", None):
         rank, first = min(failures.items())
         cause = getattr(first, "cause", None) or first
         return Failed(f"training worker {rank} failed: {type(cause).__name__}: {cause}")
-    return error
+    cause = error
+    while cause is not None and "WorkerGroupStartup" not in type(cause).__name__:
+        cause = getattr(cause, "controller_failure", None) or cause.__cause__
+    return error if cause is None else Failed(_no_room(spec))
+
+
+def _no_room(spec: Spec) -> str:
+    """What was asked for and what there is, where the workers were not given their resources in time."""
+    import ray
+
+    each = {"CPU": _cpus(spec), **({"GPU": 1.0} if on_gpu(spec) else {}), **spec.train.resources}
+    there, free = ray.cluster_resources(), ray.available_resources()
+    asked = ", ".join(f"{value:g} {name}" for name, value in each.items())
+    have = ", ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name} free" for name in each)
+    return (
+        f"the workers did not start within {START_SECONDS} s: asked for were {workers_needed(spec)} with {asked} each, "
+        f"the cluster has {have}; wait for what holds them, or lower train.workers"
+    )
+
+
+def workers_needed(spec: Spec) -> int:
+    """The least number of workers that a group starts with: of a fixed number, those with slots."""
+    train = spec.train
+    return train.least_workers if train.least_workers < train.most_workers else owners(train.most_workers, train.slots)
+
+
+def _newest(run: Run) -> int:
+    return max(run.checkpoints.steps(), default=0)
+
+
+def _is_death(error: BaseException) -> bool:
+    """Whether it is the end of the actor that ran the group, not of the group."""
+    from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+
+    return isinstance(error, ActorDiedError | ActorUnavailableError | RayActorError)

@@ -12,43 +12,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_core import noise, timesteps
-from ddpm_core.guidance import dropped
-from pipelines.build import build_loss, build_model, build_process
+from pipelines.build import build_model
 from pipelines.data.manifest import Dataset
 from pipelines.data.order import owned_slots
-from pipelines.data.pixels import to_model
 from pipelines.data.reader import SlotStream
 from pipelines.errors import Failed
-from pipelines.spec import Spec
+from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place
-from pipelines.train.augment import augment
 from pipelines.train.checkpoint import Checkpoint
 from pipelines.train.diagnosis import SlotInputs, diagnose
+from pipelines.train.end import Why, plateau_end
 from pipelines.train.images import TrainingImages
 from pipelines.train.initial import first_weights
-from pipelines.train.recorder import QUARTILES, Recorder
+from pipelines.train.pace import WORDS, Pace, Word, spent_until
+from pipelines.train.rate import learning_rate
+from pipelines.train.recorder import Recorder
 from pipelines.train.reduce import SlotGradients
-from pipelines.train.run import Ask, Run, environment
+from pipelines.train.run import Run, environment
+from pipelines.train.scoring import Scoring, scoring_calls
+from pipelines.train.slots import Drawn, SlotLosses
 from pipelines.train.state import State
-
-_ASKS: tuple[Ask | None, ...] = (None, "checkpoint", "stop")
-_LOOK_SECONDS = 0.2
+from pipelines.train.world import World
 
 MOST_SKIPPED = 5
 """Steps in a row whose gradient is not finite: then the run ends, for going back would meet the same bits again."""
-
-
-@dataclass(frozen=True)
-class World:
-    """Who computes: this process's rank among `size`."""
-
-    rank: int = 0
-    size: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,69 +48,90 @@ class Outcome:
     step: int
     images: int
     attempt: int
+    why: Why | None = None
+    """What ended it before `train.images`, if it was not a stop from outside."""
 
 
 Hook = Callable[["Trainer"], None]
 
 
 def train(
-    spec: Spec, dataset: Dataset, run: Run, world: World | None = None, at_checkpoint: Hook | None = None
+    spec: Spec,
+    dataset: Dataset,
+    run: Run,
+    world: World | None = None,
+    at_checkpoint: Hook | None = None,
+    scores: bool = True,
 ) -> Outcome:
-    """Train from the last checkpoint that verifies (or the start) to `spec.train.images`, or until `Run.ask` stops it.
+    """Train from the last checkpoint that verifies (or the start) to `spec.train.images`, or until a limit of the spec
+    or `Run.ask` ends it.
 
-    `at_checkpoint` is called on every rank after each checkpoint. Raises DamageError where data is damaged, Failed
-    where the training diverged.
+    `at_checkpoint` is called on every rank after each checkpoint. Where not `scores`, others take the held-out scores.
+    Raises DamageError where data is damaged, Failed where the training diverged.
     """
     torch.set_num_threads(spec.train.threads)
-    trainer = Trainer(spec, dataset, run, world or World())
-    snapshots = frozenset(spec.train.snapshot_steps(spec.train.total_steps))
+    trainer = Trainer(spec, dataset, run, world or World(), scores)
     try:
         with trainer.stream() as stream:
-            while trainer.step < spec.train.total_steps:
-                asked = trainer.take_step(stream)
-                last = trainer.step == spec.train.total_steps
-                if trainer.step in snapshots:
-                    trainer.save_snapshot()
-                due = trainer.step % spec.train.checkpoint_every == 0 and not trainer.state.skipped_in_a_row
-                if asked or last or due:  # no good one makes room for one that may be past help
-                    trainer.save()
-                    if at_checkpoint is not None:
-                        trainer.recorder.settle()
-                        at_checkpoint(trainer)
-                if asked == "stop":
-                    break
+            why = _train(trainer, stream, at_checkpoint)
     except BaseException:
         with contextlib.suppress(Exception):  # what is being written is worth waiting for
             trainer.recorder.settle()
         raise
     trainer.recorder.finish()
-    return Outcome(trainer.step, trainer.images, trainer.attempt)
+    return Outcome(trainer.step, trainer.images, trainer.attempt, why)
+
+
+def _train(trainer: "Trainer", stream: SlotStream, at_checkpoint: Hook | None) -> Why | None:
+    train = trainer.spec.train
+    snapshots = frozenset(train.snapshot_steps(train.total_steps))
+    scored = frozenset(train.scored_steps(train.total_steps))
+    if trainer.scores and trainer.step in scored and trainer.score():  # a kill may have come between the two
+        return "plateau"
+    word: Word = "end" if trainer.is_spent() else ""
+    while trainer.step < train.total_steps and word not in ("stop", "end"):
+        word = trainer.take_step(stream)
+        if trainer.step in snapshots:
+            trainer.save_snapshot()
+        last = trainer.step == train.total_steps or word in ("stop", "end")
+        due = trainer.step % train.checkpoint_every == 0 or word in ("checkpoint", "score")
+        # In a row of skipped steps, no good checkpoint makes room for one that may be past help.
+        if last or trainer.step in scored or (due and not trainer.state.skipped_in_a_row):
+            trainer.save()
+            if at_checkpoint is not None:
+                trainer.recorder.settle()
+                at_checkpoint(trainer)
+        if trainer.scores and (word == "score" or trainer.step in scored) and trainer.score():
+            return "plateau"
+    return "budget" if word == "end" else None
 
 
 class Trainer:
     """The state of a run between steps, and the step."""
 
-    def __init__(self, spec: Spec, dataset: Dataset, run: Run, world: World) -> None:
+    def __init__(self, spec: Spec, dataset: Dataset, run: Run, world: World, scores: bool = True) -> None:
         self.spec, self.dataset, self.run, self.world = spec, dataset, run, world
-        self.process = build_process(spec.diffusion)
-        self._loss = build_loss(spec.train)
-        even = spec.train.timesteps == "uniform"
-        self._density = None if even else timesteps.vlb_density(self.process)
-        self.model = build_model(spec)
+        self.scores = scores and spec.train.score is not None and len(dataset.split("held-out")) > 1
+        self._losses = SlotLosses(spec, world.device)
+        self.model = build_model(spec).to(world.device)
         self.parameters = list(self.model.parameters())
         self.state = State(self.model, spec.train)
         self.owned = owned_slots(world.rank, world.size, spec.train.slots)
         self._images = TrainingImages(spec, dataset, run, self.owned)
-        self._resume()
+        self._spent = self._resume()
         self._gradients = SlotGradients(self.parameters)
+        if spec.train.compile:
+            self.model.compile()
         self._module: Any = self.model
         if world.size > 1:
-            self._module = DistributedDataParallel(self.model)
-            self._module.register_comm_hook(None, self._gradients.hook)
-        self._boundaries = _log_snr_quartiles(self.process.schedule.log_snr)
+            devices = None if world.device.type == "cpu" else [world.device]
+            self._module = DistributedDataParallel(self.model, device_ids=devices, process_group=world.group)
+            self._module.register_comm_hook(world.group, self._gradients.hook)
+        self._scoring: Scoring | None = None
+        calls = scoring_calls(spec) if self.scores and not spec.train.scored_steps(spec.train.total_steps) else 0
+        self._pace = Pace(run, spec.train, self._spent, calls) if world.rank == 0 else None
         run.note_worker(self.attempt, world.rank)
-        self._looked_at = 0.0
-        self.recorder = Recorder(run, spec.train, self.attempt, self.images, world.rank, world.size)
+        self.recorder = Recorder(run, spec.train, self.attempt, self.images, world)
 
     @property
     def step(self) -> int:
@@ -132,14 +143,19 @@ class Trainer:
         """Images seen."""
         return self.state.images
 
+    def is_spent(self) -> bool:
+        """Whether earlier attempts have spent the budget."""
+        budget = self.spec.train.budget_minutes
+        return budget is not None and self._spent >= 60 * budget
+
     # --- the step ---
 
-    def take_step(self, stream: SlotStream) -> Ask | None:
-        """One optimizer step on the next global batch; what is asked of the run meanwhile, the same on all ranks."""
+    def take_step(self, stream: SlotStream) -> Word:
+        """One optimizer step on the next global batch; what is to be done after it, the same on all ranks."""
         self.model.train()
         waited = 0.0
         stats = []
-        self._gradients.word = self._asked()
+        self._gradients.word = 0.0 if self._pace is None else float(WORDS.index(self._pace.word(self.step + 1)))
         for slot in self.owned:
             before = time.perf_counter()
             step, of_slot, images, labels = next(stream)
@@ -149,7 +165,7 @@ class Trainer:
         self._images.record_damage(self.step)
         gradient = self._gradients.total.div_(self.spec.train.slots)
         norm = float(torch.linalg.vector_norm(gradient))
-        rate = self._learning_rate()
+        rate = learning_rate(self.spec.train, self.images)
         if math.isfinite(norm):
             if self.spec.train.grad_clip is not None and norm > self.spec.train.grad_clip:
                 gradient.mul_(self.spec.train.grad_clip / norm)
@@ -162,103 +178,34 @@ class Trainer:
         self.recorder.add(torch.stack(stats), exact, {"data_wait_seconds": waited})
         if self.step % self.spec.train.log_every == 0:
             self.recorder.log(self.step)
-        asked = _ASKS[int(self._gradients.heard)]
-        if asked == "checkpoint" and self.world.rank == 0:
-            self.run.forget_asked()
-        return asked
-
-    def _asked(self) -> float:
-        """Rank 0 looks, now and then, and tells the others by the exchange of a step."""
-        if self.world.rank == 0 and time.monotonic() - self._looked_at > _LOOK_SECONDS:
-            self._looked_at = time.monotonic()
-            return float(_ASKS.index(self.run.asked()))
-        return 0.0
+        return WORDS[int(self._gradients.heard)]
 
     def _slot(self, slot: int, images: Any, labels: Any) -> Tensor:
-        """Forward and backward of one slot; its statistics, float64 [1 + 2 * quartiles]: loss, then by quartile of the
-        log-SNR the sums of losses and of what they count, so that the means are those over timesteps alike.
-        """
-        x0, t, eps, shown = self._draw(slot, images, labels)
+        """Forward and backward of one slot, its gradient merged with the others'; its statistics."""
+        drawn = self._losses.draw(self.step, slot, images, labels)
         last = slot == self.owned[-1]
-        if self.world.size > 1 and not last:
-            with self._module.no_sync():
-                losses, weights = self._backward(x0, t, eps, shown)
-        else:
-            losses, weights = self._backward(x0, t, eps, shown)
+        with self._module.no_sync() if self.world.size > 1 and not last else contextlib.nullcontext():
+            statistics = self._losses.backward(self._module, drawn)
         if not last:
             self._gradients.add()
         elif self.world.size == 1:
             self._gradients.finish()
         for parameter in self.parameters:
             parameter.grad = None
-        quartile = torch.bucketize(self.process.schedule.log_snr[t - 1], self._boundaries)
-        sums = torch.zeros(2, QUARTILES, dtype=torch.float64)
-        sums[0].index_add_(0, quartile, losses)
-        sums[1].index_add_(0, quartile, weights)
-        return torch.cat((losses.mean()[None], sums.flatten()))
-
-    def _draw(self, slot: int, images: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the network sees of a slot: x0, timesteps, noise, labels. Dropout is seeded, too."""
-        seed, step = self.spec.seed, self.step
-        x0 = augment(to_model(images), self.spec.data, seed, step, slot)
-        t = self._timesteps(slot, len(images))
-        eps = noise.normal([noise.key(seed, "eps", step, slot)], x0.shape)[0]
-        if self.spec.model.dropout:
-            torch.manual_seed(noise.key(seed, "dropout", step, slot) >> 1)
-        return x0, t, eps, self._labels(slot, labels)
-
-    def _timesteps(self, slot: int, n: int) -> Tensor:
-        keys = [noise.key(self.spec.seed, "timestep", self.step, slot)]
-        if self._density is None:
-            return noise.integers(keys, n, 1, self.process.timesteps)[0]
-        return timesteps.draw(self._density, noise.uniform(keys, n)[0])
-
-    def _labels(self, slot: int, labels: Any) -> Tensor | None:
-        """The labels that the network is shown, some of them hidden; None for a model without classes."""
-        if (classes := self.spec.model.classes) is None:
-            return None
-        keys = [noise.key(self.spec.seed, "label", self.step, slot)]
-        uniforms = noise.uniform(keys, len(labels))[0]
-        return dropped(torch.as_tensor(labels, dtype=torch.int64), uniforms, self.spec.train.label_dropout, classes)
-
-    def _losses(self, module: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None) -> Tensor:
-        def network(x_t: Tensor, timestep: Tensor) -> Any:
-            return module(x_t, timestep) if labels is None else module(x_t, timestep, labels)
-
-        return self._loss(self.process, network, x0, t, eps)
-
-    def _backward(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The losses of the images as they count, and how much they count: float64 [N] both."""
-        losses = self._losses(self._module, x0, t, eps, labels)
-        weights = torch.ones(len(losses), dtype=torch.float64)
-        if self._density is not None:
-            weights = timesteps.importance(self._density, t)
-            losses = losses * weights.to(losses)
-        losses.mean().backward()
-        return losses.detach().double(), weights
-
-    def _learning_rate(self) -> float:
-        train, done = self.spec.train, self.images + self.spec.train.global_batch
-        if done < train.warmup_images:
-            return train.learning_rate * (done / train.warmup_images)
-        if train.decay == "constant":
-            return train.learning_rate
-        # The last step still moves: 0 comes a batch after it.
-        span = train.total_steps * train.global_batch + train.global_batch - train.warmup_images
-        return train.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - train.warmup_images) / span))
+        return statistics
 
     def _diagnosis(self) -> str:
         """What went wrong in this step, of which all ranks know a part, and what there is to go back to."""
 
         def inputs(slot: int) -> SlotInputs:
             images, labels, names = self._images.read(self.step, slot)
-            t = self._draw(slot, images, labels)[1]
-            return SlotInputs(names, t, lambda: self._losses(self.model, *self._draw(slot, images, labels)))
 
-        found: list[str | None] = [diagnose(self.model, [inputs(slot) for slot in self.owned])]
-        if self.world.size > 1:
-            mine, found = found[0], [None] * self.world.size
-            dist.all_gather_object(found, mine)
+            def draw() -> Drawn:  # anew each time, which seeds dropout
+                return self._losses.draw(self.step, slot, images, labels)
+
+            return SlotInputs(names, draw()[1], lambda: self._losses.losses(self.model, draw()))
+
+        found = self.world.gather(diagnose(self.model, [inputs(slot) for slot in self.owned]))
         where = next((part for part in found if part), "in the sum of the slots' gradients, each of which is finite")
         if self.world.rank == 0:
             self.recorder.settle()
@@ -274,6 +221,22 @@ class Trainer:
     def save(self) -> None:
         """Commit the journal's segment, then the checkpoint, while training goes on (rank 0 writes)."""
         self.recorder.save(self.step, self._checkpoint)
+        if self._pace is not None:
+            self._pace.saved()
+
+    def score(self) -> bool:
+        """Score the average on held-out images, all ranks a part of them; whether the run's patience is at its end."""
+        began = time.perf_counter()
+        if self._scoring is None:
+            self._scoring = Scoring(self.spec, self.dataset, self.world.device)
+        done = self.world.gather(self._scoring.work(self.state.average(), self.world.rank, self.world.size))
+        over = False
+        if self._pace is not None:
+            self.recorder.settle()  # of a checkpoint that is not there, no score is
+            self.run.scores.commit(*self._scoring.score(done, self.step, began))
+            self._pace.scored(time.perf_counter() - began)
+            over = plateau_end(self.run, self.spec.train) is not None
+        return self.world.broadcast(over)
 
     def save_snapshot(self) -> None:
         """Keep the power-function averages of this step (rank 0 writes, nobody waits)."""
@@ -286,29 +249,32 @@ class Trainer:
         """The images of the owned slots from this step on, to the end."""
         return self._images.stream(self.step)
 
-    def _resume(self) -> None:
-        """Agree with all ranks on attempt and checkpoint, and load it."""
-        found: list[Any] = [None, None]
+    def _resume(self) -> float:
+        """Agree with all ranks on attempt and checkpoint, and load it; the seconds spent until there."""
+        found: tuple[int, int | None, float] = (0, None, 0.0)
         if self.world.rank == 0:
-            checkpoint = self.run.checkpoints.latest()
-            found = [self.run.claim_attempt(), None if checkpoint is None else checkpoint.step]
-        if self.world.size > 1:
-            dist.broadcast_object_list(found, src=0)
-        self.attempt, step = found
+            step = self._first_step()
+            budget = self.spec.train.budget_minutes is not None and step is not None
+            spent = spent_until(self.run, self.spec.train, step or 0) if budget else 0.0
+            found = (self.run.claim_attempt(), step, spent)
+        self.attempt, step, spent = self.world.broadcast(found)
         if step is not None:
             self.state.load(self.run.checkpoints.load(step))
         elif self.spec.train.init_from is not None:
             self.state.start_from(first_weights(self.spec, self.dataset.digest, self.run))
+        return spent
 
-
-def _log_snr_quartiles(log_snr: Tensor) -> Tensor:
-    """The three values that cut the schedule's timesteps into quarters by log-SNR, rising."""
-    return torch.quantile(log_snr, torch.tensor([0.25, 0.5, 0.75], dtype=log_snr.dtype))
+    def _first_step(self) -> int | None:
+        """That of the last checkpoint that verifies, or of an earlier one whose score is still due."""
+        latest = self.run.checkpoints.latest_step()
+        if latest is None or not self.scores:
+            return latest
+        scored = self.run.scores.steps()
+        due = (step for step in self.spec.train.scored_steps(latest) if step not in scored)
+        return next((step for step in due if self.run.checkpoints.verifies(step)), latest)
 
 
 def train_from_config(config: Mapping[str, Any], world: World, at_checkpoint: Hook | None = None) -> Outcome:
     """`train` from plain values, as they travel to a worker."""
-    from pipelines.spec import parse_spec
-
-    spec = parse_spec(config["spec"])
-    return train(spec, Dataset.open(Place.of(config["dataset"])), Run(Place.of(config["run"])), world, at_checkpoint)
+    spec, dataset = parse_spec(config["spec"]), Dataset.open(Place.of(config["dataset"]))
+    return train(spec, dataset, Run(Place.of(config["run"])), world, at_checkpoint, config.get("scores", True))

@@ -12,18 +12,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.errors import Failed, one_line
 from pipelines.files import StorageError
 from pipelines.sections import Train
 from pipelines.train.checkpoint import Checkpoint
+from pipelines.train.end import kept_for_scores
 from pipelines.train.journal import Row
 from pipelines.train.reduce import tree_sum
 from pipelines.train.run import Run
-
-QUARTILES = 4
+from pipelines.train.slots import QUARTILES
+from pipelines.train.world import World
 
 Figures = Mapping[str, float]
 
@@ -37,9 +37,9 @@ _LAST_PAUSE_SECONDS = 0.5  # then twice as long each time: some 16 s in all
 class Recorder:
     """Of one rank of one attempt. Only rank 0 writes; all of them take part in `log`."""
 
-    def __init__(self, run: Run, train: Train, attempt: int, images: int, rank: int, ranks: int) -> None:
+    def __init__(self, run: Run, train: Train, attempt: int, images: int, world: World) -> None:
         """`images` were seen before."""
-        self._run, self._train, self._attempt, self._rank, self._ranks = run, train, attempt, rank, ranks
+        self._run, self._train, self._attempt, self._world = run, train, attempt, world
         self._pending: list[tuple[Tensor, Figures, int, Figures]] = []
         self._rows: list[Row] = []
         self._writer = _Writer(run, attempt, train)
@@ -58,12 +58,7 @@ class Recorder:
         if not self._pending:
             return
         mine = torch.stack([statistics for statistics, *_ in self._pending])  # [steps, owned slots, statistics]
-        everyone = [torch.empty_like(mine) for _ in range(self._ranks)]
-        if self._ranks > 1:
-            dist.all_gather(everyone, mine)
-        else:
-            everyone = [mine]
-        totals = tree_sum(torch.cat(everyone, dim=1).transpose(0, 1)) / self._train.slots
+        totals = tree_sum(torch.cat(self._world.gather_tensors(mine), dim=1).transpose(0, 1)) / self._train.slots
         batch, first = self._train.global_batch, step - len(self._pending) + 1
         now, (then, images_then) = time.perf_counter(), self._mark
         rate = (step * batch - images_then) / (now - then)
@@ -91,13 +86,13 @@ class Recorder:
         for. RuntimeError where a later attempt drives the run.
         """
         self.log(step)
-        if self._rank == 0:
+        if self._world.rank == 0:
             self._writer.write(checkpoint(), self._rows)
         self._rows = []
 
     def save_snapshot(self, step: int, profiles: Callable[[], Mapping[float, Mapping[str, Tensor]]]) -> None:
         """Keep the power-function averages of this step while training goes on; the next checkpoint counts on them."""
-        if self._rank == 0:
+        if self._world.rank == 0:
             self._writer.keep_snapshot(step, profiles())
 
     def settle(self) -> None:
@@ -110,11 +105,13 @@ class Recorder:
 
     def show(self, always: bool = False) -> None:
         """Tell the driver how far we are, now and then or `always`; a picture of the moment, not a record."""
-        if self._rank or self._newest is None or not (always or time.monotonic() - self._live_at > _LIVE_SECONDS):
+        if self._world.rank or self._newest is None or not (always or time.monotonic() - self._live_at > _LIVE_SECONDS):
             return
         self._live_at = time.monotonic()
         live = {
             "attempt": self._attempt,
+            "workers": self._world.size,
+            "idle": self._world.idle,
             "images": self._newest.images,
             "images_per_second": self._newest.wall["images_per_second"],
             "loss": self._newest.exact.get("loss"),
@@ -211,7 +208,8 @@ class _Writer:
                 checkpoint, rows = left
                 what = f"checkpoint {checkpoint.step}"
                 self._run.journal.commit(self._attempt, rows)
-                self._run.checkpoints.save(checkpoint, self._train.keep_checkpoints, self._train.keep_every)
+                also = kept_for_scores(self._run, self._train)
+                self._run.checkpoints.save(checkpoint, self._train.keep_checkpoints, self._train.keep_every, also)
         except (OSError, StorageError) as error:
             self.trouble = f"{what} could not be written ({one_line(error)})"
             return False

@@ -24,6 +24,7 @@ from pipelines.store import Place, canonical_json, identity
 from pipelines.train.board import RayBoard
 from pipelines.train.checkpoint import Checkpoints
 from pipelines.train.journal import Journal
+from pipelines.train.scores import Scores
 
 FORMAT = 1
 
@@ -41,6 +42,7 @@ class Run:
         self.place = place
         self.checkpoints = Checkpoints(place / "checkpoints")
         self.journal = Journal(place / "journal")
+        self.scores = Scores(place / "scores")
 
     @property
     def name(self) -> str:

@@ -77,6 +77,10 @@ class State:
             environment=environment,
         )
 
+    def average(self) -> dict[str, Tensor]:
+        """The moving average by parameter name, as it is: no copy."""
+        return self._named(self._ema.tensors[0])
+
     def profiles(self) -> dict[float, dict[str, Tensor]]:
         """A copy of the power-function averages, by their sigma_rel."""
         return {width: self._named(_copy(average.tensors[0])) for width, average in self._profiles.items()}

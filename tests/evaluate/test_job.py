@@ -8,7 +8,8 @@ import pytest
 from pipelines.cluster import Cluster
 from pipelines.data.ingest import ingest
 from pipelines.errors import UserError
-from pipelines.evaluate.job import choose_images, evaluate
+from pipelines.evaluate.chance import choose_images
+from pipelines.evaluate.job import evaluate
 from pipelines.models import Model
 from pipelines.progress import Progress
 from pipelines.session import open_session

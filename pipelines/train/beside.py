@@ -1,0 +1,151 @@
+"""Held-out scores beside training: a Ray task takes them, of committed checkpoints, where the cluster has room for it.
+
+On a cluster, hosts that offer the resource `ddpm_scoring` are for it: a resource of its own neither takes the workers'
+CPUs nor misleads Ray, which counts all CPUs of the cluster when it looks for more workers. A group of fixed size also
+leaves a task the CPUs that it does not use itself. Where there is neither, the ranks pause and share the work.
+"""
+
+import time
+from typing import Any
+
+import safetensors.torch
+
+from pipelines.cluster import Cluster
+from pipelines.data.manifest import Dataset
+from pipelines.errors import Failed, one_line
+from pipelines.progress import Progress
+from pipelines.spec import Spec, parse_spec
+from pipelines.store import DamageError, Place
+from pipelines.train.checkpoint import EMA
+from pipelines.train.group import START_SECONDS, on_gpu, worker_environment, workers_needed
+from pipelines.train.run import Run
+
+RESOURCE = "ddpm_scoring"
+_PAUSE_SECONDS = 30.0
+"""Between scores, where no interval is given: each begins a process."""
+_ATTEMPTS = 3
+
+
+class ScoresBeside:
+    """Of one drive of a run: one task at a time."""
+
+    def __init__(self, spec: Spec, dataset: Dataset, run: Run, options: dict[str, Any], progress: Progress) -> None:
+        self._spec, self._dataset, self._run, self._options, self._progress = spec, dataset, run, options, progress
+        self._task: Any = None
+        self._step = 0
+        self._begun = time.monotonic()
+        self._failures: dict[int, int] = {}
+
+    @staticmethod
+    def where_there_is_room(
+        spec: Spec, dataset: Dataset, run: Run, cluster: Cluster, progress: Progress
+    ) -> "ScoresBeside | None":
+        """None where the ranks have to score, or nobody."""
+        train = spec.train
+        if train.score is None or len(dataset.split("held-out")) < 2:
+            return None
+        fixed = train.least_workers == train.most_workers
+        if cluster.resource(RESOURCE) >= 1:
+            options: dict[str, Any] = {"num_cpus": 0, "resources": {RESOURCE: 1}}
+        elif fixed and not on_gpu(spec) and cluster.cpus() >= (workers_needed(spec) + 1) * train.threads:
+            options = {"num_cpus": train.threads}
+        else:
+            return None
+        options["runtime_env"] = {"env_vars": worker_environment(train.threads)}
+        return ScoresBeside(spec, dataset, run, {**options, "max_retries": 0}, progress)
+
+    def look(self) -> None:
+        """Take up the score that was taken, and have the next one taken."""
+        if self._task is not None and not self._is_over():
+            return
+        if (step := self._next()) is None:
+            return
+        import ray
+
+        task = ray.remote(**self._options)(_score)
+        self._step, self._begun = step, time.monotonic()
+        self._task = task.remote(
+            self._spec.model_dump(mode="json"), str(self._dataset.place), str(self._run.place), step
+        )
+
+    def finish(self) -> None:
+        """Wait for the scores that are due by an interval. Failed where they cannot be had."""
+        last = max(self._run.checkpoints.steps(), default=0)
+        heard = time.monotonic()
+        while due := [step for step in self._due() if step <= last]:
+            before = len(due)
+            self.look()
+            time.sleep(0.25)
+            if len([step for step in self._due() if step <= last]) < before:
+                heard = time.monotonic()
+            if time.monotonic() - heard > START_SECONDS:
+                raise Failed(
+                    f"run {self._run.name}: the held-out score of step {due[0]:,} was not taken within "
+                    f"{START_SECONDS} s, for a task with {self._asked()}; the same command goes on with it"
+                )
+
+    def cancel(self) -> None:
+        """Leave what is not finished."""
+        if self._task is not None:
+            import ray
+
+            ray.cancel(self._task, force=True)
+            self._task = None
+
+    def _is_over(self) -> bool:
+        import ray
+
+        if not ray.wait([self._task], timeout=0)[0]:
+            return False
+        task, self._task = self._task, None
+        try:
+            ray.get(task)
+        except Exception as error:
+            failures = self._failures[self._step] = self._failures.get(self._step, 0) + 1
+            if failures == _ATTEMPTS:
+                told = f"the held-out score of step {self._step:,} could not be taken ({one_line(error)})"
+                if self._is_due_by_interval(self._step):
+                    raise Failed(f"run {self._run.name}: {told}") from None
+                self._progress.say(f"warning: {told}; training goes on")
+        return True
+
+    def _next(self) -> int | None:
+        if self._spec.train.scored_steps(self._spec.train.total_steps):
+            return next(iter(self._due()), None)
+        if time.monotonic() - self._begun < _PAUSE_SECONDS:
+            return None
+        done = self._run.scores.steps()
+        newest = max(self._run.checkpoints.steps(), default=0)
+        return newest if newest and newest not in done and self._failures.get(newest, 0) < _ATTEMPTS else None
+
+    def _due(self) -> list[int]:
+        """Steps to be scored by the spec's interval whose checkpoint is there and whose score is not."""
+        done, there = set(self._run.scores.steps()), set(self._run.checkpoints.steps())
+        train = self._spec.train
+        return [step for step in train.scored_steps(train.total_steps) if step in there and step not in done]
+
+    def _is_due_by_interval(self, step: int) -> bool:
+        return step in self._spec.train.scored_steps(step)
+
+    def _asked(self) -> str:
+        resources = self._options.get("resources", {})
+        return ", ".join(f"{n:g} {name}" for name, n in {"CPU": self._options["num_cpus"], **resources}.items() if n)
+
+
+def _score(fields: dict[str, Any], dataset: str, run: str, step: int) -> None:
+    """The task: what a checkpoint's average scores, kept in the run's folder."""
+    import torch
+
+    from pipelines.train.scoring import Scoring
+
+    began = time.perf_counter()
+    spec, training = parse_spec(fields), Run(Place.of(run))
+    torch.set_num_threads(spec.train.threads)
+    try:
+        weights = safetensors.torch.load(training.checkpoints.at(step).read_folder(EMA)[EMA])
+    except (DamageError, FileNotFoundError):
+        if step in spec.train.scored_steps(step):
+            raise
+        return  # thinned out meanwhile
+    scoring = Scoring(spec, Dataset.open(Place.of(dataset)), torch.device("cpu"))
+    training.scores.commit(*scoring.score([scoring.work(weights)], step, began))
