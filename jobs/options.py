@@ -25,7 +25,8 @@ Storage = Annotated[
     typer.Option(help="Folder of the store, or s3://bucket/prefix [default: spec, $DDPM_STORAGE, ./ddpm-store]."),
 ]
 TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow [default: spec, $MLFLOW_TRACKING_URI, mlflow.db in the store, if that is a folder].")
+    str | None,
+    typer.Option(help="MLflow [default: spec, $MLFLOW_TRACKING_URI, mlflow.db in a store that is a folder]."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
