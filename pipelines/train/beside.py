@@ -54,12 +54,18 @@ class ScoresBeside:
         options["runtime_env"] = {"env_vars": worker_environment(train.threads)}
         return ScoresBeside(spec, dataset, run, {**options, "max_retries": 0}, progress)
 
-    def look(self) -> None:
-        """Take up the score that was taken, and have the next one taken."""
-        if self._task is not None and not self._is_over():
-            return
-        if (step := self._next()) is None:
-            return
+    def look(self) -> bool:
+        """Have the next score taken, if none is in hand; whether one was finished."""
+        finished = False
+        if self._task is not None:
+            if not self._is_over():
+                return False
+            finished = True
+        if (step := self._next()) is not None:
+            self._begin(step)
+        return finished
+
+    def _begin(self, step: int) -> None:
         import ray
 
         task = ray.remote(**self._options)(_score)

@@ -115,6 +115,9 @@ class Checkpoints:
         """Keep a step's checkpoint for good: some run's end, which a longer run must not thin out."""
         (self.place / _PINS / str(step)).claim(b"")
 
+    def is_pinned(self, step: int) -> bool:
+        return (self.place / _PINS / str(step)).exists()
+
     def load(self, step: int) -> Checkpoint:
         """The checkpoint of a step, every file verified. DamageError names what is wrong."""
         files = self.at(step).read_folder()

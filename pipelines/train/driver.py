@@ -16,7 +16,7 @@ from pipelines.spec import Spec
 from pipelines.store import DamageError, Place
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA, MODEL
-from pipelines.train.end import End, Why, last_step, plateau_end, record_end, recorded_end
+from pipelines.train.end import End, Why, known_end, last_step, plateau_end, record_end
 from pipelines.train.group import workers_needed
 from pipelines.train.run import Run, environment
 from pipelines.train.watch import Watch
@@ -65,7 +65,9 @@ def train(
         _check_resources(spec, cluster)
         tracker.start(run, spec, dataset)
         try:
-            why = Watch(spec, dataset, run, cluster, tracker, progress, check_held).run()
+            # By scores that were taken before, the end may have been reached already.
+            watch = Watch(spec, dataset, run, cluster, tracker, progress, check_held)
+            why = None if _is_at_its_plateau(run, spec) else watch.run()
         except KeyboardInterrupt:
             step = run.checkpoints.latest_step()
             kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
@@ -94,7 +96,7 @@ def trained(run: Run, spec: Spec) -> Trained | None:
         attempts=run.newest_attempt(),
         model_sha256=digests[MODEL],
         ema_sha256=digests[EMA],
-        why=None if (end := recorded_end(run, spec.train)) is None else end.why,
+        why=None if (end := known_end(run, spec.train)) is None else end.why,
         damaged=len(run.damage()),
     )
 
@@ -109,6 +111,11 @@ def _check_not_past_its_end(run: Run, spec: Spec) -> None:
         f"ends at {end.step * spec.train.global_batch:,}, and it keeps no checkpoint there; ask for more patience, or "
         "change the seed"
     )
+
+
+def _is_at_its_plateau(run: Run, spec: Spec) -> bool:
+    end = plateau_end(run, spec.train)
+    return end is not None and run.checkpoints.verifies(end.step)
 
 
 def _record_end(run: Run, spec: Spec, why: Why | None, progress: Progress) -> None:

@@ -42,11 +42,11 @@ def limits(train: Train) -> dict[str, Any]:
 
 
 def record_end(run: Run, train: Train, end: End) -> None:
-    """Keep where the run ended, and of what came after it nothing."""
+    """Keep where the run ended, and of what came after it nothing but what other limits came to."""
     record = {"format": FORMAT, "step": end.step, "images": end.step * train.global_batch, "why": end.why}
     (run.place / _END).write_json({**record, "limits": limits(train)})
     for step in run.checkpoints.steps():
-        if step > end.step:
+        if step > end.step and not run.checkpoints.is_pinned(step):
             run.checkpoints.at(step).remove()
 
 
@@ -63,9 +63,15 @@ def recorded_end(run: Run, train: Train) -> End | None:
     return End(record["step"], record["why"])
 
 
+def known_end(run: Run, train: Train) -> End | None:
+    """The end before `train.images` that is recorded, or that the scores come to."""
+    end = recorded_end(run, train) or plateau_end(run, train)
+    return None if end is None or end.step >= train.total_steps else end
+
+
 def last_step(run: Run, train: Train) -> int:
     """The step at which the run is complete, as far as is known."""
-    end = recorded_end(run, train)
+    end = known_end(run, train)
     return train.total_steps if end is None else end.step
 
 

@@ -106,8 +106,8 @@ class Watch:
 
     def _look_at_scores(self) -> None:
         assert self._beside is not None
-        self._beside.look()
-        if plateau_end(self._run, self._spec.train) is not None:
+        # Where the storage was away, what the last look found may not have been followed up.
+        if (self._beside.look() or self._storage_is_away) and plateau_end(self._run, self._spec.train) is not None:
             self._stop()
 
     def _patiently(self, look: Callable[[], None]) -> None:
@@ -151,10 +151,8 @@ class Watch:
         self._trouble = live["trouble"]
         workers = (live["workers"], live["idle"])
         if workers != self._workers and train.least_workers < train.most_workers:
-            idle = f", {workers[1]} more have nothing to do, for they do not divide {train.slots} slots"
-            self._progress.say(
-                f"{counted(workers[0], 'worker')} train{'s' if workers[0] == 1 else ''}{idle if workers[1] else ''}"
-            )
+            idle = f"; {workers[1]} more would not divide {train.slots} slots and wait" if workers[1] else ""
+            self._progress.say(f"{counted(workers[0], 'worker')} train{'s' if workers[0] == 1 else ''}{idle}")
         self._workers = workers
         if live != self._heard[1]:
             self._heard = (time.monotonic(), live)

@@ -5,6 +5,7 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,11 +109,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     trainer = Trainer(spec, dataset, run, World())
     commit, steps = Checkpoints.save, []
 
-    def late(self: Checkpoints, checkpoint: Checkpoint, keep: int, every: int | None) -> None:
+    def late(self: Checkpoints, checkpoint: Checkpoint, *keep: Any) -> None:
         while trainer.step < 3:  # for ever, if training waited
             time.sleep(0.01)
         steps.append(trainer.step)
-        commit(self, checkpoint, keep, every)
+        commit(self, checkpoint, *keep)
 
     monkeypatch.setattr(Checkpoints, "save", late)
     with trainer.stream() as stream:
