@@ -11,9 +11,7 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import statistics
 import time
 import warnings
@@ -26,6 +24,7 @@ import torch
 from benchmarks.loading import scale, sides
 from benchmarks.loading.blocked import blocked
 from benchmarks.loading.data import PACKAGE, Images, prepare, prepare_indexed
+from benchmarks.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 LIBRARIES = ("numpy", "pillow", "pyarrow", "torch", "webdataset")
@@ -143,33 +142,18 @@ def main() -> None:
         os.sched_setaffinity(0, cores)
         done["numbers"] |= blocked(options.work)
         keep()
+    machine = f"{describe(load, LIBRARIES)}; {'Fashion-MNIST' if PACKAGE.exists() else 'random pixels'}"
     rows = [Row(**row) for group in GROUPS for row in done["groups"][group.name]]
     if options.write:
         RESULTS.parent.mkdir(exist_ok=True)
         keys = ("name", "ratio", "low", "high", "rounds")
         told = {
-            "machine": describe(load),
+            "machine": machine,
             "rows": [{key: asdict(row)[key] for key in keys} for row in rows],
             "numbers": done["numbers"],
         }
         RESULTS.write_text(json.dumps(told, indent=1) + "\n")
-    report(rows, done["numbers"], describe(load))
-
-
-def describe(load: float) -> str:
-    """The machine and what ran on it."""
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
-    source = "Fashion-MNIST" if PACKAGE.exists() else "random pixels"
-    cpu = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-    return f"{cpu}, load {load:.1f} at the start; Python {platform.python_version()}, {versions}; {source}"
-
-
-def _lines(file: str) -> list[str]:
-    try:
-        return Path(file).read_text().splitlines()
-    except OSError:
-        return []
+    report(rows, done["numbers"], machine)
 
 
 def report(rows: list[Row], numbers: dict[str, float], machine: str) -> None:

@@ -28,9 +28,12 @@ def ema_decay(images_seen: int, batch: int, half_life: float, ramp_up: float | N
         )
     if ramp_up is not None and not 0 <= ramp_up < math.inf:
         raise ValueError(f"ramp_up must be 0 or more, and finite, or None for none, not {ramp_up}")
-    if ramp_up is not None:
-        half_life = min(half_life, ramp_up * images_seen)
+    half_life = _ramped(half_life, images_seen, ramp_up)
     return 0.5 ** (batch / half_life) if half_life > 0 else 0.0
+
+
+def _ramped(half_life: float, images_seen: int, ramp_up: float | None) -> float:
+    return half_life if ramp_up is None else min(half_life, ramp_up * images_seen)
 
 
 def sigma_rel_of(gamma: float) -> float:
@@ -110,6 +113,10 @@ class Ema(_Average):
         super().__init__(values)
         self.half_life = half_life
         self.ramp_up = ramp_up
+
+    def half_life_at(self, images_seen: int) -> float:
+        """Images after which a weight's share has halved, at this moment of the ramp-up."""
+        return float(_ramped(self.half_life, images_seen, self.ramp_up))
 
     def decay(self, images_seen: int, batch: int) -> float:
         """`ema_decay` of this average."""

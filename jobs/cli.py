@@ -16,6 +16,7 @@ from jobs.notices import said_as_options
 from jobs.options import Json, ModelName, Overrides, SpecFile, Storage, TrackingUri, session_of
 from jobs.output import print_result, quiet_stdout
 from jobs.proof_cli import verify_resume
+from jobs.tracking_cli import reconcile
 from pipelines.errors import Refused, UserError
 from pipelines.progress import counted
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(data)
 app.command()(verify_resume)
+app.command()(reconcile)
 
 _SAMPLE_OPTIONS = {"sample.n": "--n", "sample.seed": "--seed"}
 """Fields of a spec for which `sample` has options of its own."""

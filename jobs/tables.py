@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.pipeline import Result
+from pipelines.tracking.reconcile import Reconciled
 
 
 def show_run(result: Result, ui_command: str) -> None:
@@ -97,6 +98,14 @@ def show_models(models: Sequence[Mapping[str, Any]]) -> None:
             tags = version["tags"]
             digest, run = tags.get("model_digest", "")[:12], tags.get("run", "")
             table.add_row(model["name"], str(version["version"]), ", ".join(version["aliases"]), digest, run)
+    _console().print(table)
+
+
+def show_reconciled(done: Sequence[Reconciled]) -> None:
+    """Runs, and what their trackers got now."""
+    table = _table(("run", "left"), ("steps sent", "right"), ("tracker", "left"), ("", "left"))
+    for told in done:
+        table.add_row(told.run, f"{told.steps:,}", told.tracker, told.error or "has all")
     _console().print(table)
 
 

@@ -79,6 +79,14 @@ def set_field(fields: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
     return {**fields, head: set_field(below if isinstance(below, dict) else {}, rest, value)}
 
 
+_REGISTERED = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*@[A-Za-z0-9_-]+")
+
+
+def is_registered(text: str) -> bool:
+    """Whether it is a registered model's NAME@VERSION or NAME@ALIAS, and nothing of that name is on disk."""
+    return _REGISTERED.fullmatch(text) is not None and not Path(text).exists()
+
+
 def absolute_uri(uri: str) -> str:
     """A tracking URI whose sqlite file, if it is one, has an absolute path."""
     scheme = "sqlite:///"

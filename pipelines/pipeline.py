@@ -14,6 +14,7 @@ from pipelines.spec import Spec
 from pipelines.steps import Done, Step, Steps
 from pipelines.store import sha256
 from pipelines.train.end import last_step, limits
+from pipelines.train.registered import with_first_weights
 from pipelines.train.run import Run, check_trainable, run_name, training_identity
 
 
@@ -41,6 +42,7 @@ def run(spec: Spec, session: Session) -> Result:
 
     Refused, with the result so far, where a gate says no.
     """
+    spec = with_first_weights(spec, session)
     steps = Steps(session.store / "steps", session.progress)
     dataset, ingest = ingested(spec, session, steps)
     _check_evaluable(spec, dataset)
@@ -100,11 +102,14 @@ def _check_evaluable(spec: Spec, dataset: Dataset) -> None:
 
 def run_training(spec: Spec, session: Session) -> dict[str, Any]:
     """Ingest and train, or find both done; where the trained checkpoint is and what is in it."""
+    spec = with_first_weights(spec, session)
     steps = Steps(session.store / "steps", session.progress)
     dataset, _ = ingested(spec, session, steps)
     done = steps.run(train_step(spec, dataset, session))
     if done.skipped:  # MLflow may have been out of reach then, or be another one now
-        session.tracker.ship(Run(session.store / "runs" / done.outputs["run"]), spec, dataset, final=True)
+        made = Run(session.store / "runs" / done.outputs["run"])
+        with session.tracker.shipping(made, spec, dataset, session.progress, driven=False):
+            pass
     return done.outputs
 
 
@@ -112,6 +117,7 @@ def run_certificate(spec: Spec, session: Session, steps: int, kills: int) -> dic
     """Ingest, and try whether the spec's training goes on to the same bits after kills; kept, and told to MLflow."""
     from pipelines.train.certificate import certify
 
+    spec = with_first_weights(spec, session)
     dataset, _ = ingested(spec, session, Steps(session.store / "steps", session.progress))
     check_trainable(spec, dataset)
     place = session.store / "verify-resume" / run_name(spec, dataset.digest)
@@ -129,6 +135,7 @@ def run_sweep(spec: Spec, session: Session) -> dict[str, Any]:
 
     if not session.store.is_local:
         raise UserError(f"storage {session.store}: a sweep needs a folder that its hosts share; give a path")
+    spec = with_first_weights(spec, session)
     steps = Steps(session.store / "steps", session.progress)
     dataset, _ = ingested(spec, session, steps)
     return steps.run(sweep_step(spec, dataset, session)).outputs

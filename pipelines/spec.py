@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from pipelines.errors import UserError, one_line
-from pipelines.fields import absolute_uri, apply_overrides, read_yaml, what_is_wrong
+from pipelines.fields import absolute_uri, apply_overrides, is_registered, read_yaml, what_is_wrong
 from pipelines.mistakes import explain
 from pipelines.sections import (
     NAME,
@@ -196,7 +196,7 @@ def resolve_paths(spec: Spec) -> Spec:
         changes["data"] = spec.data.model_copy(update=data)
     if spec.storage is not None and "://" not in spec.storage:
         changes["storage"] = absolute(spec.storage)
-    if spec.train.init_from is not None:
+    if spec.train.init_from is not None and not is_registered(spec.train.init_from):
         changes["train"] = spec.train.model_copy(update={"init_from": absolute(spec.train.init_from)})
     if spec.tracking.uri is not None:
         changes["tracking"] = spec.tracking.model_copy(update={"uri": absolute_uri(spec.tracking.uri)})

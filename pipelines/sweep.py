@@ -296,7 +296,7 @@ def _track(
     for place, trial in enumerate(ranking, start=1):
         run = Run(session.store / "runs" / trial.run)
         run_id = tracker.run_id(run, specs[trial.run], dataset, parent=parent)
-        tracker.ship(run, specs[trial.run], dataset, final=True)
+        tracker.ship(run, specs[trial.run], dataset, "FINISHED")
         figures = {METRIC: trial.bits_per_dim, "frechet": trial.frechet}
         step = trial.images // spec.train.global_batch
         tracker.scores(run_id, {k: v for k, v in figures.items() if v is not None and math.isfinite(v)}, step)

@@ -4,13 +4,11 @@ import shutil
 from pathlib import Path
 
 from benchmarks.loading.data import PACKAGE
-from pipelines.data.ingest import ingest
-from pipelines.spec import load_spec
+from benchmarks.presets import prepare
 from pipelines.store import Place
 from pipelines.train.loop import train
 from pipelines.train.run import Run
 
-PRESETS = Path(__file__).parents[2] / "jobs" / "presets"
 STEPS = {"digits": 300, "fashion-mnist": 30}
 
 
@@ -24,18 +22,8 @@ def blocked(root: Path) -> dict[str, float]:
 
 
 def _share(name: str, steps: int, root: Path) -> float:
-    spec = load_spec(PRESETS / f"{name}.yaml")
-    small = {"images": steps * spec.train.global_batch, "workers": 1}
-    spec = spec.model_copy(update={"train": spec.train.model_copy(update=small)})
-    data, place = spec.data, Place.of(root / f"preset-{name}")
-    dataset = ingest(
-        data.source,
-        place,
-        image_size=data.image_size,
-        channels=data.channels,
-        held_out=data.held_out if "held_out" in data.model_fields_set else None,
-        shard_images=data.shard_images,
-    )
+    preset = prepare(name, root)
+    spec, dataset = preset.lasting(steps, workers=1), preset.dataset()
     shutil.rmtree(root / "runs", ignore_errors=True)
     run = Run.of(spec, dataset.digest, Place.of(root))
     run.describe(spec, dataset.digest)

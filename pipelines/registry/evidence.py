@@ -21,7 +21,7 @@ def register_run(
     """Complete the run in MLflow (metrics, scores, pictures) and register its model; (version, MLflow run id)."""
     step = last_step(training, spec.train)
     run_id = tracker.run_id(training, spec, dataset)
-    tracker.ship(training, spec, dataset, final=True)
+    tracker.ship(training, spec, dataset, "FINISHED")
     tracker.scores(run_id, evaluation["evidence"], step=step)
     tracker.pictures(run_id, {name: (training.place / name).read() for name in PICTURES})
     tracker.json(run_id, "scores.json", evaluation["scores"])

@@ -128,7 +128,8 @@ class Train(Section):
     """Images between these snapshots, each at the first whole batch; part of the run's identity. By default a 16th of
     `images`, with which a longer run is another run."""
     init_from: str | None = None
-    """Folder of the first weights: a checkpoint, whose average is taken, or one of diffusers' DDPMPipeline."""
+    """The first weights: a checkpoint's folder, whose average is taken, a registered model (NAME@champion or
+    NAME@VERSION), or a folder of diffusers' DDPMPipeline."""
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "Train":

@@ -46,8 +46,8 @@ def train(
     if (done := trained(run, spec)) is not None:
         run.checkpoints.pin(done.step)
         _say_what_was_damaged(run, dataset, progress)
-        tracker.ship(run, spec, dataset, final=True)
-        return done
+        with tracker.shipping(run, spec, dataset, progress, driven=False):
+            return done
     further = [step for step in run.checkpoints.steps() if step > spec.train.total_steps]
     if further:
         raise UserError(
@@ -63,18 +63,17 @@ def train(
             _say_what_changed(run.checkpoints.environment(step), progress)
             _say_what_was_damaged(run, dataset, progress)
         _check_resources(spec, cluster)
-        tracker.start(run, spec, dataset)
-        try:
-            # By scores that were taken before, the end may have been reached already.
-            watch = Watch(spec, dataset, run, cluster, tracker, progress, check_held)
-            why = None if _is_at_its_plateau(run, spec) else watch.run()
-        except KeyboardInterrupt:
-            step = run.checkpoints.latest_step()
-            kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
-            progress.say(f"run {run.name} {kept}")
-            raise
-        _record_end(run, spec, why, progress)
-        tracker.ship(run, spec, dataset, final=True)
+        with tracker.shipping(run, spec, dataset, progress):
+            try:
+                # By scores that were taken before, the end may have been reached already.
+                watch = Watch(spec, dataset, run, cluster, progress, check_held)
+                why = None if _is_at_its_plateau(run, spec) else watch.run()
+            except KeyboardInterrupt:
+                step = run.checkpoints.latest_step()
+                kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
+                progress.say(f"run {run.name} {kept}")
+                raise
+            _record_end(run, spec, why, progress)
     done = trained(run, spec)
     if done is None:
         raise RuntimeError(f"run {run.name} ended without its last checkpoint, see {run.place}")

@@ -4,7 +4,7 @@ What a limit came to is recorded in images, with the limit: under the same one t
 goes on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,12 +75,12 @@ def last_step(run: Run, train: Train) -> int:
     return train.total_steps if end is None else end.step
 
 
-def plateau_end(run: Run, train: Train) -> End | None:
-    """The end that the scores so far come to."""
+def plateau_end(run: Run, train: Train, unsaved: Sequence[HeldOutScore] = ()) -> End | None:
+    """The end that the scores so far come to: those of the run's folder, and others that are still to get there."""
     if train.plateau is None:
         return None
     wanted = set(train.scored_steps(train.total_steps))
-    scores = [score for score in run.scores.all(train.total_steps) if score.step in wanted]
+    scores = [score for score in [*run.scores.all(train.total_steps), *unsaved] if score.step in wanted]
     step = patience_ran_out(scores, train.plateau)
     return None if step is None else End(step, "plateau")
 

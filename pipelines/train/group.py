@@ -136,6 +136,7 @@ def worker_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its pool of processes outlives the worker's work
     }
 
 
@@ -154,14 +155,17 @@ def _worker(config: dict[str, Any], at_checkpoint: Hook | None) -> dict[str, Any
 def _world(slots: int) -> World | None:
     """This worker among those with slots; None where there are none for it. Every worker calls it."""
     import ray.train
+    import torch
     import torch.distributed as dist
     from ray.train.torch import get_device
 
-    context = ray.train.get_context()
+    context, device = ray.train.get_context(), get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     rank, size = context.get_world_rank(), context.get_world_size()
     sharing = owners(size, slots)
     group = dist.new_group(list(range(sharing))) if sharing < size else None
-    return World(rank, sharing, group, size - sharing, get_device()) if rank < sharing else None
+    return World(rank, sharing, group, size - sharing, device) if rank < sharing else None
 
 
 def explained(error: BaseException, spec: Spec) -> BaseException:

@@ -1,5 +1,6 @@
 """Where a run's first weights come from, if not from its seed: a checkpoint's average, or a model made elsewhere."""
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from torch import Tensor
 from ddpm_core import UNetConfig
 from pipelines.build import build_config, build_schedule
 from pipelines.errors import UserError
+from pipelines.fields import is_registered
 from pipelines.interop import is_diffusers, parameter_shapes, read_diffusers, spec_of
+from pipelines.models import CONFIG, Model
 from pipelines.sections import Diffusion, Section
 from pipelines.spec import Spec
 from pipelines.store import Place, sha256
@@ -52,6 +55,8 @@ def read_initial(folder: str) -> Initial:
     if is_diffusers(folder):
         found = read_diffusers(folder)
         return Initial(found.weights, spec_of(found, folder))
+    if is_registered(folder):
+        raise UserError(f"train.init_from: {folder} is a registered model, which is fetched where a tracker is known")
     if not Path(folder).is_dir():
         raise UserError(f"train.init_from: there is no folder {folder}")
     if (Path(folder) / "run.json").is_file():
@@ -61,7 +66,10 @@ def read_initial(folder: str) -> Initial:
     if not (Path(folder) / EMA).is_file():
         raise UserError(f"train.init_from: {folder} is neither a checkpoint nor a folder of diffusers' DDPMPipeline")
     checkpoint = Place.of(folder)
-    weights = safetensors.torch.load(checkpoint.read_folder(EMA)[EMA])
+    weights = safetensors.torch.load(data := checkpoint.read_folder(EMA)[EMA])
+    if (checkpoint / CONFIG).exists():  # of a registered model
+        config = json.loads(checkpoint.read_folder(CONFIG)[CONFIG])
+        return Initial(weights, Model.from_config(config, data, folder).spec)
     run = Run(checkpoint.parent.parent)
     return Initial(weights, run.spec() if (run.place / "run.json").exists() else None)
 

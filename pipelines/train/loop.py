@@ -37,6 +37,8 @@ from pipelines.train.slots import Drawn, SlotLosses
 from pipelines.train.state import State
 from pipelines.train.world import World
 
+_BUCKET_MB = 1 << 20
+
 MOST_SKIPPED = 5
 """Steps in a row whose gradient is not finite: then the run ends, for going back would meet the same bits again."""
 
@@ -125,12 +127,15 @@ class Trainer:
         self._module: Any = self.model
         if world.size > 1:
             devices = None if world.device.type == "cpu" else [world.device]
-            self._module = DistributedDataParallel(self.model, device_ids=devices, process_group=world.group)
+            # One bucket: the exchange waits for the last gradient anyhow, and is over sooner in one piece.
+            self._module = DistributedDataParallel(
+                self.model, device_ids=devices, process_group=world.group, bucket_cap_mb=_BUCKET_MB
+            )
             self._module.register_comm_hook(world.group, self._gradients.hook)
         self._scoring: Scoring | None = None
         calls = scoring_calls(spec) if self.scores and not spec.train.scored_steps(spec.train.total_steps) else 0
         self._pace = Pace(run, spec.train, self._spent, calls) if world.rank == 0 else None
-        run.note_worker(self.attempt, world.rank)
+        run.note_worker(self.attempt, world.rank, world.size, self.step)
         self.recorder = Recorder(run, spec.train, self.attempt, self.images, world)
 
     @property
@@ -174,7 +179,12 @@ class Trainer:
             if self.state.skipped_in_a_row + 1 == MOST_SKIPPED:
                 raise Failed(self._diagnosis())
             self.state.skip()
-        exact = {"gradient_norm": norm, "learning_rate": rate, "skipped": float(self.state.skipped)}
+        exact = {
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "skipped": float(self.state.skipped),
+            "ema_half_life_images": self.state.ema_half_life,
+        }
         self.recorder.add(torch.stack(stats), exact, {"data_wait_seconds": waited})
         if self.step % self.spec.train.log_every == 0:
             self.recorder.log(self.step)
@@ -226,24 +236,29 @@ class Trainer:
 
     def score(self) -> bool:
         """Score the average on held-out images, all ranks a part of them; whether the run's patience is at its end."""
-        began = time.perf_counter()
-        if self._scoring is None:
-            self._scoring = Scoring(self.spec, self.dataset, self.world.device)
-        done = self.world.gather(self._scoring.work(self.state.average(), self.world.rank, self.world.size))
-        over = False
-        if self._pace is not None:
-            self.recorder.settle()  # of a checkpoint that is not there, no score is
-            self.run.scores.commit(*self._scoring.score(done, self.step, began))
-            self._pace.scored(time.perf_counter() - began)
-            over = plateau_end(self.run, self.spec.train) is not None
-        return self.world.broadcast(over)
+        if not self.world.broadcast(self._pace is not None and self.step in self.run.scores.steps()):
+            began = time.perf_counter()
+            if self._scoring is None:
+                self._scoring = Scoring(self.spec, self.dataset, self.world.device)
+            done = self.world.gather(self._scoring.work(self.state.average(), self.world.rank, self.world.size))
+            if self._pace is not None:
+                self.recorder.save_score(*self._scoring.score(done, self.step, began))
+                self._pace.scored(time.perf_counter() - began)
+        return self.world.broadcast(
+            self._pace is not None and plateau_end(self.run, self.spec.train, self.recorder.unsaved_scores) is not None
+        )
 
     def save_snapshot(self) -> None:
         """Keep the power-function averages of this step (rank 0 writes, nobody waits)."""
         self.recorder.save_snapshot(self.step, self.state.profiles)
 
     def _checkpoint(self) -> Checkpoint:
-        return self.state.checkpoint({**environment(), "threads": self.spec.train.threads})
+        where = {"threads": self.spec.train.threads, "device": self._device_name()}
+        return self.state.checkpoint({**environment(), **where})
+
+    def _device_name(self) -> str:
+        device = self.world.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def stream(self) -> SlotStream:
         """The images of the owned slots from this step on, to the end."""

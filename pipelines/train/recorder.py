@@ -22,7 +22,9 @@ from pipelines.train.end import kept_for_scores
 from pipelines.train.journal import Row
 from pipelines.train.reduce import tree_sum
 from pipelines.train.run import Run
+from pipelines.train.scores import HeldOutScore
 from pipelines.train.slots import QUARTILES
+from pipelines.train.usage import Usage
 from pipelines.train.world import World
 
 Figures = Mapping[str, float]
@@ -43,6 +45,7 @@ class Recorder:
         self._pending: list[tuple[Tensor, Figures, int, Figures]] = []
         self._rows: list[Row] = []
         self._writer = _Writer(run, attempt, train)
+        self._usage = None if world.rank else Usage()
         self._newest: Row | None = None
         self._live_at = 0.0
         self._mark = (time.perf_counter(), images)
@@ -63,6 +66,8 @@ class Recorder:
         now, (then, images_then) = time.perf_counter(), self._mark
         rate = (step * batch - images_then) / (now - then)
         self._mark = (now, step * batch)
+        common = {"images_per_second": rate, **(self._usage.process() if self._usage else {})}
+        of_host = self._usage.host() if self._usage else {}
         for i, (_, exact, at, wall) in enumerate(self._pending):
             sums, counts = totals[i, 1:].view(2, QUARTILES)
             by_quartile = {
@@ -74,7 +79,7 @@ class Recorder:
                 images=(first + i) * batch,
                 time_ms=at,
                 exact={name: value for name, value in figures.items() if math.isfinite(value)},
-                wall={"images_per_second": rate, **wall},
+                wall={**common, **wall, **(of_host if i == len(self._pending) - 1 else {})},
             )
             self._rows.append(row)
         self._pending.clear()
@@ -94,6 +99,15 @@ class Recorder:
         """Keep the power-function averages of this step while training goes on; the next checkpoint counts on them."""
         if self._world.rank == 0:
             self._writer.keep_snapshot(step, profiles())
+
+    def save_score(self, score: HeldOutScore, grid: bytes) -> None:
+        """Keep a score, after the checkpoint that it is of; where the storage fails, with the next one."""
+        self._writer.write_score(score, grid)
+
+    @property
+    def unsaved_scores(self) -> list[HeldOutScore]:
+        """Those that the storage did not take yet."""
+        return [score for score, _ in self._writer.scores]
 
     def settle(self) -> None:
         """Wait until what was to be saved is. What the storage did not take is left for the next checkpoint."""
@@ -133,6 +147,8 @@ class _Writer:
         """What is being written, or could not be; and so the snapshots, which come before it."""
         self._busy = False
         self._thread: threading.Thread | None = None
+        self.scores: list[tuple[HeldOutScore, bytes]] = []
+        """Held-out scores that are to be written, with their pictures."""
         self._error: BaseException | None = None
         self.trouble: str | None = None
         """What the storage says, where it does not take what it is given."""
@@ -160,6 +176,13 @@ class _Writer:
             self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
             self._thread.start()
 
+    def write_score(self, score: HeldOutScore, grid: bytes) -> None:
+        self.wait()
+        with self._changing:
+            self.scores.append((score, grid))
+        self._start()
+        self.wait()
+
     def wait(self) -> None:
         if self._thread is not None:
             self._thread.join()
@@ -171,13 +194,13 @@ class _Writer:
         self.wait()
         pause = _LAST_PAUSE_SECONDS
         for _ in range(_LAST_ATTEMPTS - 1):
-            if self._left is None:
+            if self._left is None and not self.scores:
                 return
             time.sleep(pause)
             pause *= 2
             self._start()
             self.wait()
-        if self._left is not None:
+        if self._left is not None or self.scores:
             raise Failed(
                 f"run {self._run.name}: {self.trouble}; mend that and run it again, it goes on from what it has"
             )
@@ -186,32 +209,41 @@ class _Writer:
         more = True
         while more:
             with self._changing:
-                snapshots, left = tuple(self._snapshots), self._left
-            taken = self._commit(snapshots, left)
+                snapshots, left, scores = tuple(self._snapshots), self._left, tuple(self.scores)
+            taken = self._commit(snapshots, left, scores)
             with self._changing:
                 # What came meanwhile is tried at once; what the storage did not take waits for the next checkpoint.
-                more = self._error is None and (len(self._snapshots) > len(snapshots) or self._left is not left)
-                self._busy = more
+                came = self._left is not left or len(self._snapshots) > len(snapshots) or len(self.scores) > len(scores)
+                self._busy = more = came and self._error is None
                 if taken:
-                    del self._snapshots[: len(snapshots)]
+                    del self._snapshots[: len(snapshots)], self.scores[: len(scores)]
                     self._left = None if self._left is left else self._left
 
-    def _commit(self, snapshots: Sequence[_Snapshot], left: tuple[Checkpoint, list[Row]] | None) -> bool:
-        """Whether the storage took them."""
-        what = "a snapshot" if left is None else f"checkpoint {left[0].step}"
+    def _commit(
+        self,
+        snapshots: Sequence[_Snapshot],
+        left: tuple[Checkpoint, list[Row]] | None,
+        scores: Sequence[tuple[HeldOutScore, bytes]],
+    ) -> bool:
+        """Write what there is, in its order: a checkpoint counts on the snapshots before it, and a step's score is told
+        of no checkpoint that is not there. Whether the storage took it."""
+        doing = "what is new" if left is None else f"checkpoint {left[0].step}"
         try:
             check_newest(self._run, self._attempt)
             for step, profiles in snapshots:
-                what = f"snapshot {step}"
+                doing = f"snapshot {step}"
                 self._run.checkpoints.save_snapshot(step, profiles)
             if left is not None:
                 checkpoint, rows = left
-                what = f"checkpoint {checkpoint.step}"
+                doing = f"checkpoint {checkpoint.step}"
                 self._run.journal.commit(self._attempt, rows)
                 also = kept_for_scores(self._run, self._train)
                 self._run.checkpoints.save(checkpoint, self._train.keep_checkpoints, self._train.keep_every, also)
+            for score, grid in scores:
+                doing = f"the score of step {score.step}"
+                self._run.scores.commit(score, grid)
         except (OSError, StorageError) as error:
-            self.trouble = f"{what} could not be written ({one_line(error)})"
+            self.trouble = f"{doing} could not be written ({one_line(error)})"
             return False
         except BaseException as error:  # raised where it is waited for
             self._error = error

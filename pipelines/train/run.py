@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from socket import gethostname
 from typing import Any, Literal
 
@@ -33,6 +33,18 @@ Ask = Literal["checkpoint", "stop"]
 _LIVE = "live.json"
 _ASKED = "asked"
 _RUNS_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Workers that drove a run together."""
+
+    number: int
+    workers: int
+    hosts: tuple[str, ...]
+    """Those whose workers told so far, each once, in rank order."""
+    step: int
+    """From which they went on."""
 
 
 class Run:
@@ -113,12 +125,13 @@ class Run:
             number += 1
         return number
 
-    def note_worker(self, attempt: int, rank: int) -> None:
-        """Tell which process is a rank of an attempt."""
-        (self.place / "workers" / f"{attempt:04d}-{rank}.json").write_json({"host": gethostname(), "pid": os.getpid()})
+    def note_worker(self, attempt: int, rank: int, workers: int, step: int) -> None:
+        """Tell which process is a rank of an attempt, of how many, and from which step the attempt goes on."""
+        note = {"host": gethostname(), "pid": os.getpid(), "workers": workers, "step": step}
+        (self.place / "workers" / f"{attempt:04d}-{rank}.json").write_json(note)
 
     def worker(self, attempt: int, rank: int) -> dict[str, Any] | None:
-        """Host and process id of a rank of an attempt; None where it has not told."""
+        """What a rank of an attempt told, see `note_worker`; None where it has not."""
         try:
             return (self.place / "workers" / f"{attempt:04d}-{rank}.json").read_json()
         except FileNotFoundError:
@@ -131,6 +144,21 @@ class Run:
     def forget_live(self) -> None:
         """The picture is of an earlier moment."""
         (self.board / _LIVE).delete()
+
+    def attempts(self, newest: int) -> list[Attempt]:
+        """The newest attempts, at most so many, rising; without those that were killed before rank 0 told."""
+        folder = self.place / "workers"
+        ranks: dict[int, list[int]] = {}
+        for name in folder.list():
+            attempt, rank = (int(part) for part in name.removesuffix(".json").split("-"))
+            ranks.setdefault(attempt, []).append(rank)
+        found = []
+        for number in sorted(n for n in ranks if 0 in ranks[n])[-newest:]:
+            notes = [self.worker(number, rank) or {} for rank in sorted(ranks[number])]
+            hosts = tuple(dict.fromkeys(note["host"] for note in notes))
+            # An earlier version told neither.
+            found.append(Attempt(number, notes[0].get("workers", len(notes)), hosts, notes[0].get("step", 0)))
+        return found
 
     def live(self) -> dict[str, Any] | None:
         """The picture of the moment; None before the first."""

@@ -27,6 +27,7 @@ class SlotLosses:
         self._spec, self._device = spec, device
         self.process = build_process(spec.diffusion)
         self._loss = build_loss(spec.train)
+        self._in_bfloat16 = spec.train.precision == "bfloat16"
         even = spec.train.timesteps == "uniform"
         self._density = None if even else timesteps.vlb_density(self.process)
         self._boundaries = _log_snr_quartiles(self.process.schedule.log_snr)
@@ -61,7 +62,8 @@ class SlotLosses:
         x0, t, eps, labels = drawn
 
         def shown(x_t: Tensor, timestep: Tensor) -> Any:
-            return network(x_t, timestep) if labels is None else network(x_t, timestep, labels)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._in_bfloat16):
+                return network(x_t, timestep) if labels is None else network(x_t, timestep, labels)
 
         return self._loss(self.process, shown, x0, t, eps)
 

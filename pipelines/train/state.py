@@ -31,7 +31,7 @@ class State:
             [self.weights], lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
         )
         self._moments = {
-            "step": torch.tensor(0.0),
+            "step": torch.tensor(0.0, device=self.weights.device),
             "exp_avg": torch.zeros_like(self.weights),
             "exp_avg_sq": torch.zeros_like(self.weights),
         }
@@ -61,6 +61,11 @@ class State:
         self.images += batch
         for average in (self._ema, *self._profiles.values()):
             average.update([self.weights], self.images, batch)
+
+    @property
+    def ema_half_life(self) -> float:
+        """Half-life of the moving average at its last update, in images: it rises to `train.ema_half_life`."""
+        return self._ema.half_life_at(self.images)
 
     def checkpoint(self, environment: Mapping[str, Any]) -> Checkpoint:
         """A copy of the whole state, on the CPU, tensors keyed by parameter name."""

@@ -1,7 +1,7 @@
-"""Watches a run while its group trains: tells how far it is, ships what the tracker may have, has scores taken.
+"""Watches a run while its group trains: tells how far it is, and has scores taken.
 
 `fit()` runs beside the main thread, because Ray's own handler of SIGINT would abort the group, and because the main
-thread reads the run's folder meanwhile.
+thread reads the run's folder meanwhile. What the tracker may have is sent by a third (`pipelines.tracking.shipper`).
 """
 
 import threading
@@ -14,15 +14,15 @@ from pipelines.errors import Failed
 from pipelines.files import StorageError
 from pipelines.progress import Progress, counted
 from pipelines.spec import Spec
-from pipelines.tracking import Tracker
 from pipelines.train.beside import ScoresBeside
 from pipelines.train.end import Why, plateau_end
 from pipelines.train.group import explained, fit_through_deaths
 from pipelines.train.run import Run
 
 _WATCH_SECONDS = 0.25
-_SHIP_SECONDS = 5.0
 _CLUSTER_SECONDS = 1.0
+_SCORES_SECONDS = 5.0
+"""Between looks at the scores in a store where each is a request."""
 _STOP_SECONDS = 12.0
 _PATIENCE_SECONDS = 900.0
 """Without a word of the workers, a started group is given up: longer than any time-out within it, and than any step."""
@@ -37,13 +37,12 @@ class Watch:
         dataset: Dataset,
         run: Run,
         cluster: Cluster,
-        tracker: Tracker,
         progress: Progress,
         check_held: Callable[[], None],
     ) -> None:
         """`check_held` is what the lock gives."""
         self._spec, self._dataset, self._run = spec, dataset, run
-        self._cluster, self._tracker, self._progress = cluster, tracker, progress
+        self._cluster, self._progress = cluster, progress
         self._beside = ScoresBeside.where_there_is_room(spec, dataset, run, cluster, progress)
         self._check_held = check_held
         self._storage_is_away = False
@@ -86,16 +85,13 @@ class Watch:
             self._over.set()
 
     def _watch(self) -> None:
-        shipped = looked = scored = time.monotonic()
-        pause = 0.0 if self._run.place.is_local else _SHIP_SECONDS  # where each look at the scores is a request
+        looked = scored = time.monotonic()
+        pause = 0.0 if self._run.place.is_local else _SCORES_SECONDS
         leaving, cpus = set(self._cluster.draining()), self._cluster.cpus()
         while not self._over.wait(_WATCH_SECONDS):
             self._check_held()
             self._show()
             now = time.monotonic()
-            if now - shipped > _SHIP_SECONDS:
-                self._patiently(lambda: self._tracker.ship(self._run, self._spec, self._dataset))
-                shipped = time.monotonic()
             if now - looked > _CLUSTER_SECONDS:
                 leaving, cpus = self._look_at_cluster(leaving, cpus)
                 looked = time.monotonic()

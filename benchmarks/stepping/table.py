@@ -1,0 +1,188 @@
+"""What the rounds say: a row each, and the page that shows them."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from benchmarks.stepping.account import EXCHANGE, FORWARD_BACKWARD, MERGING, OPTIMIZER
+
+Round = Mapping[str, Any]
+Rounds = Mapping[str, Sequence[Round]]
+"""By stage."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Median of the rounds, lower and upper quartile, least and greatest."""
+
+    name: str
+    unit: Literal["ratio", "share", "seconds"]
+    median: float
+    low: float
+    high: float
+    least: float
+    greatest: float
+    rounds: int
+    goal: float | None
+    bound: float | None
+    """A floor of ratios, a ceiling of shares and seconds."""
+
+    @property
+    def verdict(self) -> str:
+        """Whether bound and goal are met."""
+        if self.bound is None:
+            return ""
+        higher = self.unit == "ratio"
+        if (self.median < self.bound) if higher else (self.median >= self.bound):
+            return "MISSED"
+        if self.goal is not None and self.median < self.goal:
+            return "met, the goal is not"
+        return "met"
+
+    def to_json(self) -> dict[str, Any]:
+        """The value under its unit; `low` and `high` are the quartiles."""
+        bound = "floor" if self.unit == "ratio" else "ceiling"
+        return {
+            "name": self.name,
+            self.unit: self.median,
+            **{name: getattr(self, name) for name in ("low", "high", "least", "greatest", "rounds", "goal")},
+            bound: self.bound,
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a row is made of a stage's rounds."""
+
+    name: str
+    stage: str
+    unit: Literal["ratio", "share", "seconds"]
+    value: Callable[[Round], float]
+    goal: float | None = None
+    bound: float | None = None
+
+    def row(self, rounds: Sequence[Round]) -> Row:
+        values = [self.value(one) for one in rounds]
+        low, high = values * 2 if len(values) == 1 else statistics.quantiles(values, n=4, method="inclusive")[::2]
+        spread = (statistics.median(values), low, high, min(values), max(values))
+        return Row(self.name, self.unit, *spread, len(values), self.goal, self.bound)
+
+
+def _of_step(*parts: str) -> Callable[[Round], float]:
+    return lambda one: sum(one["shares"][part] for part in parts)
+
+
+def _blocked(one: Round) -> float:
+    return statistics.fmean(one["blocked"]) / (one["interval"] * one["step"])
+
+
+def _outside(one: Round) -> float:
+    return 1 - _of_step(FORWARD_BACKWARD, EXCHANGE, MERGING, OPTIMIZER)(one)
+
+
+def measures(presets: Sequence[str]) -> list[Measure]:
+    """Rows of the first preset bear their plain names, those of the others the preset's name, too."""
+    found = []
+    for preset in presets:
+        suffix = "" if preset == presets[0] else f", {preset}"
+
+        def add(
+            name: str,
+            stage: str,
+            unit: Literal["ratio", "share", "seconds"],
+            value: Callable[[Round], float],
+            goal: float | None = None,
+            bound: float | None = None,
+            suffix: str = suffix,
+            preset: str = preset,
+        ) -> None:
+            found.append(Measure(name + suffix, f"{stage} {preset}", unit, value, goal, bound))
+
+        add("product-vs-loop", "race", "ratio", lambda one: one["bare"] / one["product"], 0.98, 0.95)
+        add("reduction", "reduction", "ratio", lambda one: one["all-reduce"] / one["tree"], 0.98, 0.95)
+        add("slots", "slots", "ratio", lambda one: one["one"] / one["many"])
+        if preset == presets[0]:
+            add("two-workers", "workers", "ratio", lambda one: one["one"] / one["two"], 1.85, 1.7)
+            add("command-to-first-step", "first step", "seconds", lambda one: one["seconds"], None, 15.0)
+            add("recovery", "recovery", "seconds", lambda one: one["seconds"], None, 15.0)
+        add("outside-compute", "account", "share", _outside)
+        add("checkpoint-blocked", "account", "share", _blocked, None, 0.01)
+        add("data-wait", "race", "share", lambda one: one["data wait"])
+    return found
+
+
+def page(rows: Sequence[Row], rounds: Rounds, presets: Sequence[str], machine: str) -> str:
+    """The page in docs, markdown."""
+    lines = [
+        _PROSE.strip(),
+        "",
+        f"{machine}.",
+        "",
+        "| row | median (quartiles) | least to greatest | rounds | goal | bound |",
+    ]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for row in rows:
+        write = _WRITTEN[row.unit]
+        goal = "" if row.goal is None else write(row.goal)
+        bound = "" if row.bound is None else f"{write(row.bound)}, {row.verdict}"
+        spread = f"{write(row.median)} ({write(row.low)} to {write(row.high)})"
+        lines.append(
+            f"| {row.name} | {spread} | {write(row.least)} to {write(row.greatest)} | {row.rounds} | {goal} | {bound} |"
+        )
+    accounts = {preset: rounds[f"account {preset}"] for preset in presets if rounds.get(f"account {preset}")}
+    if accounts:
+        lines += ["", _ACCOUNT.strip(), "", f"| part | {' | '.join(accounts)} |", "|---|" + "---:|" * len(accounts)]
+        for part in next(iter(accounts.values()))[0]["shares"]:
+            cells = (
+                f"{100 * statistics.median(one['shares'][part] for one in found):.2f}" for found in accounts.values()
+            )
+            lines.append(f"| {part} | {' | '.join(cells)} |")
+        cells = (f"{statistics.median(one['step'] for one in found):.3f}" for found in accounts.values())
+        lines.append(f"| a step (s) | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+_WRITTEN: dict[str, Callable[[float], str]] = {
+    "ratio": lambda value: f"{value:.3f}",
+    "share": lambda value: f"{100 * value:.2g} %",
+    "seconds": lambda value: f"{value:.1f} s",
+}
+
+_PROSE = """
+# Training, measured
+
+This page is written by `python -m benchmarks.training --write` (over an hour on two cores; `--resume` goes on with an
+interrupted run), together with `benchmarks/results/training.json`. Both sides of a row take turns, so that a slow
+minute of the machine meets them both; a value is the median over the rounds, with the quartiles. Rows without a
+preset's name are of the preset `fashion-mnist`. Ratios are of speeds, ours over theirs: above 1 is faster.
+
+- **product-vs-loop**: `ddpm train` as a user starts it (Ray Train, its own local Ray, shards, journal, checkpoints,
+  MLflow in sqlite, scoring off) against a bare loop in processes of its own, with no Ray on the host: the same network,
+  loss, batch, number of workers, threads and slots; all images as float32 tensors in memory; plain DDP on gloo
+  (`no_sync` for all slots but the last); `torch.randn`; `clip_grad_norm_`; torch's fused AdamW on the parameters;
+  an average of the weights by one `_foreach_lerp_`; the loss read every `log_every` steps; nothing saved. A round is
+  a whole run of each; start-up and first steps are left out, by the journal's timestamps here, by the loop's clock
+  there. At
+  `fashion-mnist` a round is short and has one checkpoint: it and the steps that follow count as often as the preset's
+  `checkpoint_every` has them. At `digits` a round has two whole checkpoint intervals of the preset.
+- **reduction**: that bare loop with the gradients summed in the fixed tree (`pipelines/train/reduce.py`) against DDP's
+  own all-reduce, two workers; nothing else differs, and both alternate in the same processes.
+- **slots**: the product's loop without Ray, one worker, with the preset's slots against one slot of the whole batch.
+- **two-workers**: the product's loop without Ray, W = 2 against W = 1, one thread each, in the same processes.
+- **command-to-first-step**: from `ddpm train` to the end of the run's first step, images ingested before, on a local
+  Ray cluster that is up.
+- **recovery**: from SIGKILL of a worker to the end of the first step after it (which is a lost one, made again).
+- **outside-compute**: share of a step's time in the product's own processes that is neither forward and backward nor
+  the sum of gradients nor the optimizer with its average.
+- **checkpoint-blocked**: what a checkpoint keeps training waiting, over the preset's interval between two.
+- **data-wait**: share of the time that training waits for images, by the journal of the product's rounds.
+"""
+
+_ACCOUNT = """
+## Where a step's time goes
+
+The product's loop with the preset's workers and threads, accounted in rank 0; percent of the time of a step, medians.
+The exchange includes the wait for the slower worker.
+"""
