@@ -9,7 +9,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from socket import gethostname
 from typing import Any, Literal
@@ -17,9 +17,11 @@ from typing import Any, Literal
 from pipelines.data.damage import Damage
 from pipelines.data.manifest import Dataset
 from pipelines.errors import UserError
+from pipelines.files import StorageError
 from pipelines.progress import counted
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place, canonical_json, identity
+from pipelines.train.board import RayBoard
 from pipelines.train.checkpoint import Checkpoints
 from pipelines.train.journal import Journal
 from pipelines.train.scores import Scores
@@ -28,9 +30,7 @@ FORMAT = 1
 
 Ask = Literal["checkpoint", "stop"]
 
-LIVE = "live.json"
-"""A picture of the moment, replaced all the time."""
-
+_LIVE = "live.json"
 _ASKED = "asked"
 _RUNS_NAMED = 5
 
@@ -86,30 +86,36 @@ class Run:
         return parse_spec(self.description()["spec"], origin=str(self.place / "run.json"))
 
     @contextlib.contextmanager
-    def driving(self) -> Iterator[None]:
-        """Hold the run while driving it; UserError by name where somebody else does."""
-        with (self.place / "lock").lock(f"run {self.name}"):
+    def driving(self) -> Iterator[Callable[[], None]]:
+        """Hold the run while driving it; UserError by name where somebody else does. The block is given what
+        `Place.lock` gives."""
+        with (self.place / "lock").lock(f"run {self.name}") as check_held:
             self.place.sweep_temporaries()
-            self.checkpoints.place.sweep_temporaries()
-            self.checkpoints.snapshots.sweep_temporaries()
+            self.checkpoints.sweep()
             self.forget_asked()
-            yield
+            yield check_held
+
+    @property
+    def board(self) -> Place:
+        """Where its driver and its workers leave each other what need not last: the picture of the moment, and what is
+        asked. The run's folder, or Ray's memory for a run in a store where each look is a request."""
+        return self.place if self.place.is_local else RayBoard(str(self.place))
 
     def ask(self, what: Ask) -> None:
         """Ask who trains the run for a checkpoint at once, or to stop with one."""
-        (self.place / _ASKED).write(what.encode())
+        (self.board / _ASKED).write(what.encode())
 
     def asked(self) -> Ask | None:
         """What is asked of who trains the run."""
         try:
-            word = (self.place / _ASKED).read().decode()
-        except FileNotFoundError:
+            word = (self.board / _ASKED).read().decode()
+        except (FileNotFoundError, StorageError):  # what cannot be learnt now is looked for again
             return None
         return "stop" if word == "stop" else "checkpoint"
 
     def forget_asked(self) -> None:
         """What was asked is done, or was asked of an earlier driver's workers."""
-        (self.place / _ASKED).delete()
+        (self.board / _ASKED).delete()
 
     def claim_attempt(self) -> int:
         """A number higher than every earlier attempt's."""
@@ -131,6 +137,14 @@ class Run:
         except FileNotFoundError:
             return None
 
+    def show(self, live: dict[str, Any]) -> None:
+        """Replace the picture of the moment."""
+        (self.board / _LIVE).write_json(live)
+
+    def forget_live(self) -> None:
+        """The picture is of an earlier moment."""
+        (self.board / _LIVE).delete()
+
     def attempts(self, newest: int) -> list[Attempt]:
         """The newest attempts, at most so many, rising; without those that were killed before rank 0 told."""
         folder = self.place / "workers"
@@ -149,7 +163,7 @@ class Run:
     def live(self) -> dict[str, Any] | None:
         """The picture of the moment; None before the first."""
         try:
-            return (self.place / LIVE).read_json()
+            return (self.board / _LIVE).read_json()
         except FileNotFoundError:
             return None
 
