@@ -20,9 +20,13 @@ ModelName = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one field of the spec; may be repeated.")
 ]
-Storage = Annotated[str | None, typer.Option(help="Folder of the store [default: spec, $DDPM_STORAGE, ./ddpm-store].")]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="Folder of the store, or s3://bucket/prefix [default: spec, $DDPM_STORAGE, ./ddpm-store]."),
+]
 TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow [default: spec, $MLFLOW_TRACKING_URI, mlflow.db in the store].")
+    str | None,
+    typer.Option(help="MLflow [default: spec, $MLFLOW_TRACKING_URI, mlflow.db in a store that is a folder]."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 

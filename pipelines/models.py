@@ -151,13 +151,12 @@ def _find(text: str, store: Place, tracker: Tracker) -> Model | tuple[Run, int]:
 
         name, _, version = text.partition("@")
         return download(name, version, tracker.existing())
-    if (Path(text) / EMA).exists():
-        folder = Place.of(text)
-        if not folder.name.isdigit() or not (folder.path.parent.parent / "run.json").exists():
+    folder = Place.of(text)
+    if (folder / EMA).exists():
+        if not folder.name.isdigit() or not (folder.parent.parent / "run.json").exists():
             raise UserError(f"MODEL {text}: this checkpoint is not in its run's folder, whose run.json says what it is")
-        return Run(Place(folder.path.parent.parent)), int(folder.name)
-    given = Path(text)
-    run = Run(Place.of(given)) if (given / "run.json").exists() else find_run(text, store)
+        return Run(folder.parent.parent), int(folder.name)
+    run = Run(folder) if (folder / "run.json").exists() else find_run(text, store)
     return run, run.last_step()
 
 

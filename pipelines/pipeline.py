@@ -12,7 +12,7 @@ from pipelines.progress import counted
 from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.steps import Done, Step, Steps
-from pipelines.store import Place, sha256
+from pipelines.store import sha256
 from pipelines.train.end import last_step, limits
 from pipelines.train.registered import with_first_weights
 from pipelines.train.run import Run, check_trainable, run_name, training_identity
@@ -133,6 +133,8 @@ def run_sweep(spec: Spec, session: Session) -> dict[str, Any]:
     """Ingest and sweep, or find both done: the ranking, and where the winner's spec is."""
     from pipelines.sweep import sweep_step
 
+    if not session.store.is_local:
+        raise UserError(f"storage {session.store}: a sweep needs a folder that its hosts share; give a path")
     spec = with_first_weights(spec, session)
     steps = Steps(session.store / "steps", session.progress)
     dataset, _ = ingested(spec, session, steps)
@@ -229,7 +231,7 @@ def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, sessi
     def work() -> dict[str, Any]:
         samples = sample_spec(model, spec, spec.sample.n, session)
         pictures = draw_pictures(spec, dataset, model, training, samples)
-        out = Place.of(samples.out).path.relative_to(session.store.path).as_posix()
+        out = samples.out.removeprefix(f"{session.store}/")
         summary = f"{samples.n:,} images, grid at {training.place / 'grid.png'}"
         return {"out": out, "n": samples.n, "sha256": samples.sha256, "pictures": pictures, "summary": summary}
 

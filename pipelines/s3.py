@@ -1,4 +1,7 @@
-"""Data on S3, or on a server that speaks its protocol, through pyarrow.
+"""Places on S3, or on a server that speaks its protocol, through pyarrow.
+
+S3 renames nothing, so a folder is committed by its manifest, which is written last and deleted first: a folder without
+one does not exist. Claims and locks are conditional writes (`pipelines.s3_conditional`), locks are leases.
 
 Endpoint, region and keys are those of the standard variables: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL (http or https,
 buckets in the path), AWS_REGION or AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_CA_BUNDLE.
@@ -8,12 +11,12 @@ Every request has limits in time and is tried again a few times, here and not in
 """
 
 import contextlib
-import errno
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,20 +24,21 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from pipelines.errors import UserError, one_line
+from pipelines.errors import UserError
 from pipelines.files import RangeFile, StorageError
+from pipelines.s3_conditional import Conditional, Seen, new_writer
 from pipelines.s3_connection import Abandoned, Endpoint, connect
-from pipelines.store import TEMPORARY, DamageError, Place
+from pipelines.s3_file import S3File, missing, said_by
+from pipelines.s3_lease import Lease, Terms
+from pipelines.store import MANIFEST, TEMPORARY, DamageError, Place, dump_manifest, manifest_of
 
 REQUEST_BYTES = 8 * 2**20
 """Most bytes that are asked for at once."""
 
-_GAP_BYTES = 256 * 2**10  # what a request's delay, some 5 ms, is worth at 50 MB/s
 _FINAL = re.compile(
     r"AWS Error (?:ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
     r"|\w+ \(HTTP status (?:40[0135]|30\d)\))"
 )
-_GONE = re.compile(r"AWS Error (?:NO_SUCH_KEY\b|RESOURCE_NOT_FOUND\b|\w+ \(HTTP status 404\))")
 _ADDRESS = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]+)((?:/[^?#]*)?)")
 
 T = TypeVar("T")
@@ -66,10 +70,13 @@ class Patience:
             yield self.pause_seconds * 2**attempt * random.uniform(0.5, 1)
 
 
+_BRISK = Patience(connect_seconds=3, stall_seconds=5, request_seconds=8, attempts=1)  # for what comes again anyway
+
+
 class S3Place(Place):
     """An object, or a prefix as a folder of objects. Pickles as its address: connections are each process's own.
 
-    What S3 lacks (a path, locks, claims, folders that appear whole) is a UserError.
+    It has no path: asking for it is a UserError.
     """
 
     is_local = False
@@ -98,19 +105,25 @@ class S3Place(Place):
         return S3Place(self.bucket, f"{self.key}/{name}" if self.key else name, self.patience)
 
     def __str__(self) -> str:
-        return f"s3://{self._location}"
+        return f"s3://{self.location}"
 
     @property
-    def _location(self) -> str:
+    def location(self) -> str:
+        """As pyarrow calls it: bucket/key."""
         return f"{self.bucket}/{self.key}" if self.key else self.bucket
 
     @property
-    def path(self) -> Path:  # what every operation that S3 lacks begins with
+    def path(self) -> Path:  # what everything begins with that works in folders alone
         raise UserError(f"storage {self}: only local folders are supported for this, give a path")
 
     @property
     def name(self) -> str:
-        return self._location.rsplit("/", 1)[-1]
+        return self.location.rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> "S3Place":
+        """The prefix that this is in; a bucket is in itself."""
+        return S3Place(self.bucket, self.key.rpartition("/")[0], self.patience)
 
     def is_within(self, folder: str | os.PathLike[str]) -> bool:
         return False
@@ -125,23 +138,23 @@ class S3Place(Place):
         return int(self._file_info().mtime_ns)
 
     def find(self, suffix: str) -> Sequence[str]:
-        selector = fs.FileSelector(self._location, allow_not_found=True, recursive=True)
-        found = self._try("listed", lambda files: files.get_file_info(selector), None)
-        paths = (i.path.removeprefix(f"{self._location}/") for i in found if i.type == fs.FileType.File)
+        selector = fs.FileSelector(self.location, allow_not_found=True, recursive=True)
+        found = self.request("listed", lambda files: files.get_file_info(selector), None)
+        paths = (i.path.removeprefix(f"{self.location}/") for i in found if i.type == fs.FileType.File)
         shown = (path for path in paths if not any(part.startswith(".") for part in path.split("/")))
         return sorted(path for path in shown if path.lower().endswith(suffix))
 
     def list(self) -> list[str]:
-        selector = fs.FileSelector(self._location, allow_not_found=True)
-        found = self._try("listed", lambda files: files.get_file_info(selector), None)
+        selector = fs.FileSelector(self.location, allow_not_found=True)
+        found = self.request("listed", lambda files: files.get_file_info(selector), None)
         return sorted(info.base_name for info in found if not info.base_name.startswith(TEMPORARY))
 
     def open(self) -> RangeFile:
         def opened(files: Any) -> tuple[Any, int]:
-            file = files.open_input_file(self._location)
+            file = files.open_input_file(self.location)
             return file, file.size()
 
-        return _S3File(self, *self._try("opened", opened))
+        return S3File(self, *self.request("opened", opened))
 
     def read(self) -> bytes:
         file, data = self.open(), bytearray()
@@ -157,36 +170,98 @@ class S3Place(Place):
         """
 
         def put(files: Any) -> None:
-            stream = files.open_output_stream(self._location)
+            stream = files.open_output_stream(self.location)
             stream.write(data)  # where this fails, closing fails too: half an object is never completed
             stream.close()
 
-        self._try("written", put, len(data), changes=True)
+        self.request("written", put, len(data), changes=True)
 
     def delete(self) -> None:
         """Delete this object; nothing happens where there is none. pyarrow keeps a prefix that becomes empty alive
         with an object of its name and a slash, which `list` does not show."""
         with contextlib.suppress(FileNotFoundError):
-            self._try("deleted", lambda files: files.delete_file(self._location), changes=True)
+            self.request("deleted", lambda files: files.delete_file(self.location), changes=True)
 
     def remove(self) -> None:
-        """Delete all objects below this prefix; not at once, so that a reader may find some of them. UserError for a
-        whole bucket."""
+        """Delete all objects below this prefix, its manifest first, so that a reader finds a folder whole or not at
+        all. UserError for a whole bucket."""
         if not self.key:
             raise UserError(f"storage {self}: a whole bucket is not removed from here; name a prefix in it")
+        (self / MANIFEST).delete()
         with contextlib.suppress(FileNotFoundError):
-            self._try("deleted", lambda files: files.delete_dir(self._location), None, changes=True)
+            self.request("deleted", lambda files: files.delete_dir(self.location), None, changes=True)
+
+    def committed(self) -> Sequence[str]:
+        found = (path.split("/") for path in self.find(MANIFEST.lower()))
+        return sorted(parts[0] for parts in found if parts[1:] == [MANIFEST])
+
+    def commit_folder(self, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """As in a folder of this host's: objects first, the manifest last. What a kill in between leaves has no
+        manifest, and is written over, or removed by who knows that nobody is at it."""
+        manifest = manifest_of(files)
+        if (self / MANIFEST).exists():
+            if self._holds(manifest):  # by a writer of the same bits
+                return manifest
+            self.remove()
+        for name, data in files.items():
+            (self / name).write(data)
+        (self / MANIFEST).write(dump_manifest(manifest))
+        return manifest
+
+    def read_folder(self, *names: str) -> dict[str, bytes]:
+        if not (self / MANIFEST).exists():
+            raise DamageError(f"{self / MANIFEST} is missing")
+        return insist(self, lambda: super(S3Place, self).read_folder(*names))
+
+    def sweep_temporaries(self) -> None:
+        """Remove what killed writers left of probes in this folder. (Halves of folders have no names of their own.)"""
+        selector = fs.FileSelector(self.location, allow_not_found=True)
+        for info in self.request("listed", lambda files: files.get_file_info(selector), None):
+            if info.type == fs.FileType.File and info.base_name.startswith(TEMPORARY):
+                (self / info.base_name).delete()
+
+    def claim(self, data: bytes) -> bool:
+        return self.create(data) is not None
+
+    def create(self, data: bytes) -> str | None:
+        """Create this object if it does not exist; its tag, or None where somebody else was first."""
+        return self._put(data, None)
+
+    def replace(self, data: bytes, tag: str) -> str | None:
+        """Replace this object if it has this tag; its new tag, or None where it was changed or deleted meanwhile."""
+        return self._put(data, tag)
+
+    def _put(self, data: bytes, tag: str | None) -> str | None:
+        conditional, writer = self._conditional(), new_writer()
+        return self.request("written", lambda _: conditional.put(data, writer, tag), len(data), changes=True)
+
+    def look(self) -> Seen | None:
+        """This object with its tag and age; None where there is none."""
+        conditional = self._conditional()
+        return self.request("looked at", lambda _: conditional.look())
+
+    def _conditional(self) -> Conditional:
+        return Conditional(self.bucket, self.key, self.patience.connect_seconds, self.patience.stall_seconds)
+
+    @contextlib.contextmanager
+    def lock(self, what: str, wait: bool = False, terms: Terms | None = None) -> Iterator[Callable[[], None]]:
+        """Hold this object as a lease while the block runs; where it is held, wait, or UserError naming the holder,
+        who is seen to be alive first. A dead holder's is free when it has not been renewed for the time of the terms.
+        """
+        brisk = S3Place(self.bucket, self.key, _BRISK)
+        with Lease(self, brisk, what, terms or Terms()).held(wait) as check:
+            yield check
 
     def _file_info(self) -> Any:
         info = self._info()
         if info.type != fs.FileType.File:
-            raise _missing(self)
+            raise missing(self)
         return info
 
     def _info(self) -> Any:
-        return self._try("looked up", lambda files: files.get_file_info(self._location))
+        return self.request("looked up", lambda files: files.get_file_info(self.location))
 
-    def _try(self, what: str, call: Callable[[Any], T], size: int | None = 0, changes: bool = False) -> T:
+    def request(self, what: str, call: Callable[[Any], T], size: int | None = 0, changes: bool = False) -> T:
         """Run a call on the file system until it succeeds, as often and as long as patience lasts.
 
         `size` is the bytes that travel, None where nobody knows. One that `changes` something leaves nothing under way.
@@ -202,11 +277,11 @@ class S3Place(Place):
                 try:
                     return connection.run(call, limit)
                 except FileNotFoundError:
-                    raise _missing(self) from None
+                    raise missing(self) from None
                 except (OSError, pa.ArrowException) as error:
                     if isinstance(error, Abandoned):
                         abandoned.append(error.request)
-                    said = _said(error)
+                    said = said_by(error)
                     final = _FINAL.match(said) is not None
                     pause = None if final else next(pauses, None)
                     if pause is None:
@@ -242,48 +317,16 @@ def insist(place: Place, attempt: Callable[[], T]) -> T:
         time.sleep(pause)
 
 
-class _S3File:
-    """An object that is read by ranges. FileNotFoundError where it has gone meanwhile."""
-
-    gap = _GAP_BYTES
-
-    def __init__(self, place: S3Place, file: Any, size: int) -> None:
-        self._place, self._file, self._size = place, file, size
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        size = min(size, self._size - offset) if offset >= 0 else 0
-        if size <= 0:
-            return b""
-        return self._place._try("read", lambda files: self._range(files, offset, size), size)
-
-    def _range(self, files: Any, offset: int, size: int) -> bytes:
-        # Where an answer is shorter than what was asked for, pyarrow says nothing and leaves the rest of the memory as
-        # it was, be it what somebody else had there. A mark at the end of it tells.
-        data, mark = bytearray(size), os.urandom(min(16, size))
-        data[-len(mark) :] = mark
-        try:
-            self._file.get_stream(offset, size).readinto(data)
-        except OSError as error:
-            raise _missing(self._place) if self._is_gone(files, _said(error)) else error from None
-        if data.endswith(mark):
-            raise OSError(f"the answer has fewer than the {size} bytes that were asked for")
-        return bytes(data)
-
-    def _is_gone(self, files: Any, said: str) -> bool:
-        # Where fewer bytes were asked for than the answer takes that says so, pyarrow cannot read it.
-        unread = "response stream" in said
-        return _GONE.match(said) is not None or (
-            unread and files.get_file_info(self._place._location).type == fs.FileType.NotFound
+def check_conditional(place: S3Place) -> None:
+    """UserError where the server takes no heed of conditions, so that two could hold one lock."""
+    probe = place / f"{TEMPORARY}{uuid.uuid4().hex}"
+    tag = probe.create(b"1")
+    try:
+        heeded = probe.create(b"2") is None and tag is not None and probe.replace(b"3", '"other"') is None
+    finally:
+        probe.delete()
+    if not heeded:
+        raise UserError(
+            f"storage {place}: the server takes no heed of If-None-Match and If-Match, by which the writers of a store "
+            "keep out of each other's way; use another, or a folder"
         )
-
-    def close(self) -> None:
-        """Nothing stays open between requests."""
-
-
-def _missing(place: Place) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, "there is no such object", str(place))
-
-
-def _said(error: BaseException) -> str:
-    """What pyarrow says happened, less the part that repeats the key."""
-    return one_line(OSError(re.sub(r"^When .*?: (?=AWS Error)", "", str(error), flags=re.DOTALL)))

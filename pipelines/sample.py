@@ -55,7 +55,7 @@ class Job:
     def check_place(self) -> None:
         """UserError where the place cannot be written, or holds another job or other files."""
         record = self.record()
-        if self.place.path.exists() and not self.place.path.is_dir():
+        if self.place.is_local and self.place.path.exists() and not self.place.path.is_dir():
             raise UserError(f"--out {self.place}: is a file; name a folder")
         if (self.place / _JOB).exists():
             there = (self.place / _JOB).read_json()
@@ -95,7 +95,7 @@ class Job:
             record, shard = self._record_of(chunk), self.shard(chunk)
             if record is None or record["count"] < min(size, n - chunk * size):
                 return False
-            if not shard.exists() or shard.path.stat().st_size != record["bytes"]:
+            if not shard.exists() or shard.size() != record["bytes"]:
                 return False
         return True
 

@@ -4,10 +4,9 @@ import os
 from dataclasses import dataclass
 
 from pipelines.cluster import Cluster
-from pipelines.errors import UserError
 from pipelines.progress import Progress
 from pipelines.spec import Spec
-from pipelines.store import Place, check_writable
+from pipelines.store import Place, check_store
 from pipelines.tracking import Address, Tracker, set_mlflow_up
 
 DEFAULT_STORE = "ddpm-store"
@@ -26,14 +25,8 @@ class Session:
 
 
 def storage_of(spec: Spec | None, storage: str | None) -> str:
-    """Where the store is: `storage` (--storage), else the spec's, else $DDPM_STORAGE, else ./ddpm-store.
-
-    UserError for an address: runs need locks and renames, which only folders have.
-    """
-    found = storage or (spec.storage if spec else None) or os.environ.get("DDPM_STORAGE") or DEFAULT_STORE
-    if "://" in found and not found.startswith("file://"):
-        raise UserError(f"storage {found}: only local folders are supported, give a path")
-    return found
+    """Where the store is: `storage` (--storage), else the spec's, else $DDPM_STORAGE, else ./ddpm-store."""
+    return storage or (spec.storage if spec else None) or os.environ.get("DDPM_STORAGE") or DEFAULT_STORE
 
 
 def open_session(
@@ -43,12 +36,13 @@ def open_session(
     storage: str | None = None,
     tracking_uri: str | None = None,
 ) -> Session:
-    """Resolve store and tracker once. UserError where a spec's store cannot be written."""
+    """Resolve store and tracker once. UserError where a spec's store cannot be written, or is on a server that a store
+    cannot be on."""
     set_mlflow_up()
     store = Place.of(storage_of(spec, storage))
-    if spec is not None:
-        check_writable(store)
     tracking = spec.tracking if spec else None
     address = Address.of(tracking_uri or (tracking.uri if tracking else None), store)
+    if spec is not None:
+        check_store(store)
     tracker = Tracker(address, tracking.experiment if tracking else "ddpm", store)
     return Session(store, tracker, cluster, progress)

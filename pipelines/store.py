@@ -2,7 +2,7 @@
 
 A `Place` is a folder or a file: everything in the store is read and written through it, as bytes, so that no other
 module knows what kind of storage is below. Local commit: write to a temporary name, fsync, rename, fsync the parent.
-Data may lie on S3 too (`pipelines.s3`); a store may not, for S3 has neither locks nor renames.
+How S3, which has neither renames nor locks, keeps the same promises is in `pipelines.s3`.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,7 +52,7 @@ class Place:
 
     path: Path
     is_local: ClassVar[bool] = True
-    """Whether it is on this host's file system: only there are locks, and reading costs no requests."""
+    """Whether it is on this host's file system: there, reading costs no requests and a dead holder's lock is free."""
 
     @staticmethod
     def of(uri: str | os.PathLike[str]) -> "Place":
@@ -67,7 +67,7 @@ class Place:
             from pipelines.s3 import S3Place  # those who read S3 alone wait for pyarrow
 
             return S3Place.of(text)
-        raise UserError(f"storage {text}: {scheme} is not known here; give a path, or s3://bucket/prefix for data")
+        raise UserError(f"storage {text}: {scheme} is not known here; give a path, or s3://bucket/prefix")
 
     def __truediv__(self, name: str) -> "Place":
         return Place(self.path / name)
@@ -87,6 +87,11 @@ class Place:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def parent(self) -> "Place":
+        """The folder that this is in."""
+        return Place(self.path.parent)
 
     def is_within(self, folder: str | os.PathLike[str]) -> bool:
         """Whether this is a folder of this host's, or lies below it, whatever links lead there."""
@@ -190,7 +195,7 @@ class Place:
         A folder that is there already under this name is replaced; a kill in that moment may leave neither, and what
         is committed so can be made again. Returns the manifest.
         """
-        manifest = {"format": MANIFEST_FORMAT, "files": {n: sha256(d) for n, d in sorted(files.items())}}
+        manifest = manifest_of(files)
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
@@ -198,7 +203,7 @@ class Place:
         try:
             for name, data in files.items():
                 _write_durably(temporary / name, data)
-            _write_durably(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+            _write_durably(temporary / MANIFEST, dump_manifest(manifest))
             _sync_folder(temporary)
             if self._holds(manifest):  # by a writer of the same bits
                 shutil.rmtree(temporary)
@@ -210,6 +215,10 @@ class Place:
             raise
         _sync_folder(folder)
         return manifest
+
+    def committed(self) -> Sequence[str]:
+        """Names of the committed folders in this folder, sorted."""
+        return [name for name in self.list() if (self / name / MANIFEST).exists()]
 
     def _holds(self, manifest: Mapping[str, Any]) -> bool:
         """Whether this folder is whole and what the manifest says."""
@@ -263,10 +272,11 @@ class Place:
                         os.unlink(entry.path)
 
     @contextlib.contextmanager
-    def lock(self, what: str, wait: bool = False) -> Iterator[None]:
+    def lock(self, what: str, wait: bool = False) -> Iterator[Callable[[], None]]:
         """Hold this file as a lock while the block runs; where it is held, wait, or UserError naming the holder.
 
-        The kernel frees a dead holder's lock at once.
+        The kernel frees a dead holder's lock at once. What the block is given is for those who hold it long: called,
+        it is Failed where somebody else holds it by now, to which only a lease can come (`pipelines.s3_lease`).
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+") as file:
@@ -275,15 +285,32 @@ class Place:
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise UserError(f"{what} is being driven by {holder}: wait for it or stop it") from None
+                raise held_by(what, holder) from None
             file.truncate(0)
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            file.write(f"process {os.getpid()} on {gethostname()} since {now}\n")
+            file.write(f"{this_process()}\n")
             file.flush()
             try:
-                yield
+                yield lambda: None
             finally:
                 file.truncate(0)
+
+
+def manifest_of(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What a folder of these files is committed with."""
+    return {"format": MANIFEST_FORMAT, "files": {name: sha256(data) for name, data in sorted(files.items())}}
+
+
+def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=2) + "\n").encode()
+
+
+def this_process() -> str:
+    """Who holds a lock from now on, for those who find it held."""
+    return f"process {os.getpid()} on {gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}"
+
+
+def held_by(what: str, holder: str) -> UserError:
+    return UserError(f"{what} is being driven by {holder}: wait for it or stop it")
 
 
 def check_writable(place: Place) -> None:
@@ -296,6 +323,16 @@ def check_writable(place: Place) -> None:
         raise UserError(
             f"storage {place}: cannot write there ({error.strerror}); name a folder that you may write to"
         ) from None
+
+
+def check_store(place: Place) -> None:
+    """UserError where this place cannot hold a store."""
+    check_writable(place)
+    if not place.is_local:
+        from pipelines.s3 import S3Place, check_conditional
+
+        assert isinstance(place, S3Place)
+        check_conditional(place)
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -25,7 +25,7 @@ from pipelines.session import Session
 from pipelines.spec import Spec, Sweep, dump_spec, parse_spec
 from pipelines.steps import Step
 from pipelines.store import Place, identity
-from pipelines.train.run import LIVE, Run, check_trainable, training_identity
+from pipelines.train.run import Run, check_trainable, training_identity
 from pipelines.trial import CLOCK, METRIC, run_trial
 from pipelines.unused import warn_without_effect, without_effect
 
@@ -141,7 +141,7 @@ def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Tri
     runs = [Run.of(trial, dataset.digest, session.store) for _, trial in trials]
     for run, (_, trial) in zip(runs, trials, strict=True):
         run.describe(trial, dataset.digest)
-        (run.place / LIVE).path.unlink(missing_ok=True)
+        run.forget_live()
     feature_net(dataset, spec, session)
     folder = session.store / "sweeps" / name
     setting = {
@@ -252,7 +252,7 @@ def _fit_and_watch(tuner: Any, runs: Sequence[Run], total: int, session: Session
     thread.start()
     while thread.is_alive():
         thread.join(_WATCH_SECONDS)
-        images = [(run.place / LIVE).read_json()["images"] for run in runs if (run.place / LIVE).exists()]
+        images = [live["images"] for run in runs if (live := run.live())]
         session.progress.advance(sum(images), total, "images", trials=len(images))
     if isinstance(ended[0], BaseException):
         raise ended[0]

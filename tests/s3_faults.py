@@ -32,10 +32,10 @@ HASTE = Patience(connect_seconds=1, stall_seconds=1, request_seconds=1.5, attemp
 LATE = 1.8
 """Seconds."""
 
-Fault = Literal["500", "503", "403", "404", "cut", "short", "garbled", "refuse", "silent", "drip", "late"]
+Fault = Literal["500", "503", "403", "404", "cut", "short", "garbled", "refuse", "silent", "drip", "late", "lost"]
 """cut: the connection ends in the middle of the body; short: a whole answer with half of the body; garbled: one bit of
 the body is another; refuse: it ends without an answer; silent: no answer, the connection stays; drip: a byte now and
-then; late: what was asked for is done, and answered, LATE seconds later."""
+then; late: what was asked for is done, and answered, LATE seconds later; lost: done, and not answered."""
 
 
 @contextmanager
@@ -159,7 +159,9 @@ class _Handler(BaseHTTPRequestHandler):
     def forward(self) -> None:
         body = self._body()
         over, fault = self.faulty.over, self.faulty.next_fault(self.command)
-        if fault == "refuse":
+        if fault == "lost":
+            self._upstream(body)
+        if fault in ("refuse", "lost"):
             self._hang_up()
         elif fault == "silent":
             over.wait(30)

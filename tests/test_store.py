@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.errors import UserError
 from pipelines.files import StorageError
-from pipelines.session import storage_of
+from pipelines.session import open_session, storage_of
 from pipelines.store import MANIFEST, DamageError, Place, check_writable
 
 
@@ -118,11 +118,11 @@ def test_unwritable_store_is_one_line(tmp_path: Path) -> None:
         check_writable(Place.of(tmp_path / "file" / "store"))
 
 
-def test_a_store_is_a_folder() -> None:
-    for address in ("s3://bucket/store", "gs://bucket/store"):
-        with pytest.raises(UserError, match=f"storage {address}: only local folders are supported, give a path"):
-            storage_of(None, address)
+def test_a_store_is_a_folder_or_on_s3() -> None:
     assert storage_of(None, "file:///folder") == "file:///folder"
+    assert str(Place.of(storage_of(None, "s3://bucket/store"))) == "s3://bucket/store"
+    with pytest.raises(UserError, match="storage gs://bucket/store: gs is not known here; give a path, or s3://bucket"):
+        open_session(None, None, storage="gs://bucket/store")  # type: ignore[arg-type]
 
 
 def test_files_are_read_in_parts(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.fields import absolute_uri
@@ -39,10 +40,24 @@ class Address:
 
     @staticmethod
     def of(uri: str | None, store: Place) -> "Address":
-        """The tracker of a spec: by default a sqlite file in the store."""
-        uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store / 'mlflow.db'}"
-        uri = absolute_uri(uri)
+        """The tracker of a spec: by default a sqlite file in the store, if that is a folder; else UserError."""
+        uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if uri is None and not store.is_local:
+            raise UserError(
+                f"tracking.uri: MLflow's database cannot lie in {store}: give --tracking-uri, a server's address or "
+                "sqlite:////absolute/mlflow.db"
+            )
+        uri = absolute_uri(uri or f"sqlite:///{store / 'mlflow.db'}")
         if "://" in uri and uri.split("://")[0].split("+")[0] not in _SCHEMES:
             raise UserError(f"tracking.uri: {uri} is no address that MLflow knows; give one of {', '.join(_SCHEMES)}")
-        local = not uri.startswith(("http://", "https://", "databricks"))
-        return Address(uri, (store / "mlflow-artifacts").path.as_uri() if local else None)
+        if uri.startswith(("http://", "https://", "databricks")):
+            return Address(uri, None)
+        if store.is_local:
+            return Address(uri, (store / "mlflow-artifacts").path.as_uri())
+        database = database_file(uri)
+        return Address(uri, Path(f"{database}-artifacts").as_uri() if database else str(store / "mlflow-artifacts"))
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of a local database; None of any other address."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None

@@ -5,16 +5,16 @@ import logging
 import uuid
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pipelines.data.manifest import Dataset
 from pipelines.errors import UserError, one_line
+from pipelines.files import StorageError
 from pipelines.progress import Progress
 from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.tracking.account import Account
-from pipelines.tracking.address import Address, set_mlflow_up
+from pipelines.tracking.address import Address, database_file, set_mlflow_up
 from pipelines.tracking.mlflow_run import make_run, set_tags
 from pipelines.tracking.record import Lineage, Records
 from pipelines.tracking.shipper import Shipper
@@ -45,10 +45,14 @@ class Tracker:
         if not self.address.uri.startswith("sqlite:"):
             return MlflowClient(tracking_uri=self.address.uri, registry_uri=self.address.uri)
         # Two first users at once would both create the tables, and one of them fail.
-        with (self._store / "mlflow.lock").lock("the tracking database", wait=True):
+        with self._lock_file().lock("the tracking database", wait=True):
             client = MlflowClient(tracking_uri=self.address.uri, registry_uri=self.address.uri)
             client.search_experiments(max_results=1)
         return client
+
+    def _lock_file(self) -> Place:
+        database = database_file(self.address.uri)
+        return self._store / "mlflow.lock" if self._store.is_local or not database else Place.of(f"{database}.lock")
 
     def start(self, run: Run, spec: Spec, dataset: Dataset) -> None:
         """The run is driven: its MLflow run is made, or found again and goes on."""
@@ -77,7 +81,11 @@ class Tracker:
 
         Rows are averaged over `train.log_every` steps. `status` (FINISHED, FAILED, KILLED) ends the MLflow run.
         """
-        if self.owes(run, spec, dataset, status):
+        try:
+            owes = self.owes(run, spec, dataset, status)
+        except StorageError:  # told below, if it is still so
+            owes = True
+        if owes:
             with self.tolerant("metrics kept back"):
                 self.settle(run, spec, Lineage.of(dataset), status)
 
@@ -146,8 +154,8 @@ class Tracker:
 
     def still_there(self) -> bool:
         """Whether what was recorded at this address can be there: a local database's file exists."""
-        local = self.address.uri.removeprefix("sqlite:///")
-        return local == self.address.uri or Path(local).exists()
+        database = database_file(self.address.uri)
+        return database is None or database.exists()
 
     def has_version(self, name: str, version: int, model: str) -> bool:
         """Whether the registry holds this version, of the model of this identity."""
@@ -200,6 +208,7 @@ class _Tolerant:
         if not isinstance(error, Exception):
             return False
         if not self._tracker._down:
-            warnings.warn(f"MLflow does not answer, {self._consequence}: {one_line(error)}", stacklevel=2)
+            silent = "the store" if isinstance(error, StorageError) else "MLflow"
+            warnings.warn(f"{silent} does not answer, {self._consequence}: {one_line(error)}", stacklevel=2)
             self._tracker._down = True
         return True

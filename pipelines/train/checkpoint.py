@@ -47,7 +47,7 @@ class Checkpoints:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.snapshots = Place(place.path.parent) / "ema"
+        self.snapshots = place.parent / "ema"
         """Power-function averages, never thinned out: of them, any length is made afterwards."""
 
     def at(self, step: int) -> Place:
@@ -55,7 +55,17 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, rising."""
-        return sorted(int(n) for n in self.place.list() if n.isdigit() and (self.place / n / MANIFEST).exists())
+        return sorted(int(name) for name in self.place.committed() if name.isdigit())
+
+    def sweep(self) -> None:
+        """Remove what killed writers left half-written. Only for the holder of the run's lock."""
+        for place in (self.place, self.snapshots):
+            place.sweep_temporaries()
+            if not place.is_local:  # halves have the names of what they were to be
+                whole = set(place.committed())
+                for name in place.list():
+                    if name.isdigit() and name not in whole:
+                        (place / name).remove()
 
     def save(self, checkpoint: Checkpoint, keep: int, every: int | None = None, also: Collection[int] = ()) -> None:
         """Commit a checkpoint and thin out all but the last `keep`, those at multiples of `every` steps, and those of

@@ -55,7 +55,7 @@ def train(
             f"checkpoint at {spec.train.total_steps * spec.train.global_batch:,}; ask for more, or change the seed"
         )
     _check_not_past_its_end(run, spec)
-    with run.driving():
+    with run.driving() as check_held:
         run.describe(spec, dataset.digest)
         # Workers look again; here, a damaged one is named where the user reads it.
         if (step := run.checkpoints.latest_step()) is not None:
@@ -66,7 +66,8 @@ def train(
         with tracker.shipping(run, spec, dataset, progress):
             try:
                 # By scores that were taken before, the end may have been reached already.
-                why = None if _is_at_its_plateau(run, spec) else Watch(spec, dataset, run, cluster, progress).run()
+                watch = Watch(spec, dataset, run, cluster, progress, check_held)
+                why = None if _is_at_its_plateau(run, spec) else watch.run()
             except KeyboardInterrupt:
                 step = run.checkpoints.latest_step()
                 kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"

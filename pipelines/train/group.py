@@ -1,6 +1,7 @@
 """The group of workers that train a run: Ray Train starts them, and starts them again when one dies."""
 
 import functools
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from pipelines.data.manifest import Dataset
 from pipelines.data.order import owners
 from pipelines.errors import Failed, one_line
 from pipelines.spec import Spec
+from pipelines.store import Place
 from pipelines.train.end import Why
 from pipelines.train.loop import Hook, train_from_config
 from pipelines.train.run import Run
@@ -61,7 +63,7 @@ def fit(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    notes = run.place / "ray"
+    notes = _notes_of(run)
     config = {
         "spec": spec.model_dump(mode="json"),
         "dataset": str(dataset.place),
@@ -121,6 +123,11 @@ def _start_seconds() -> int:
     import os
 
     return max(1, int(float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])))
+
+
+def _notes_of(run: Run) -> Place:
+    """A folder for what Ray notes of an attempt: the run's, or where that is none, one of this host's own."""
+    return run.place / "ray" if run.place.is_local else Place.of(tempfile.mkdtemp(prefix="ddpm-ray-"))
 
 
 def worker_environment(threads: int) -> dict[str, str]:

@@ -70,7 +70,7 @@ def read_initial(folder: str) -> Initial:
     if (checkpoint / CONFIG).exists():  # of a registered model
         config = json.loads(checkpoint.read_folder(CONFIG)[CONFIG])
         return Initial(weights, Model.from_config(config, data, folder).spec)
-    run = Run(Place(checkpoint.path.parent.parent))
+    run = Run(checkpoint.parent.parent)
     return Initial(weights, run.spec() if (run.place / "run.json").exists() else None)
 
 

@@ -29,6 +29,8 @@ from pipelines.train.world import World
 
 Figures = Mapping[str, float]
 
+_Snapshot = tuple[int, Mapping[float, Mapping[str, Tensor]]]  # of a step, by sigma_rel
+
 _LIVE_SECONDS = 0.5
 _LAST_ATTEMPTS = 6
 _LAST_PAUSE_SECONDS = 0.5  # then twice as long each time: some 16 s in all
@@ -94,10 +96,9 @@ class Recorder:
         self._rows = []
 
     def save_snapshot(self, step: int, profiles: Callable[[], Mapping[float, Mapping[str, Tensor]]]) -> None:
-        """Keep the power-function averages of this step, which the next checkpoint counts on."""
+        """Keep the power-function averages of this step while training goes on; the next checkpoint counts on them."""
         if self._world.rank == 0:
-            check_newest(self._run, self._attempt)
-            self._run.checkpoints.save_snapshot(step, profiles())
+            self._writer.keep_snapshot(step, profiles())
 
     def save_score(self, score: HeldOutScore, grid: bytes) -> None:
         """Keep a score, after the checkpoint that it is of; where the storage fails, with the next one."""
@@ -131,37 +132,58 @@ class Recorder:
             "skipped": self._newest.exact["skipped"],
             "trouble": self._writer.trouble,
         }
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageError):
             shown = self._run.live()
             if shown is None or shown["attempt"] <= self._attempt:  # else a later attempt drives the run
                 self._run.show(live)
 
 
 class _Writer:
-    """Commits one checkpoint at a time, in a thread of its own."""
+    """Commits snapshots and one checkpoint at a time, in a thread of its own."""
 
     def __init__(self, run: Run, attempt: int, train: Train) -> None:
         self._run, self._attempt, self._train = run, attempt, train
+        self._changing = threading.Lock()
+        self._snapshots: list[_Snapshot] = []
         self._left: tuple[Checkpoint, list[Row]] | None = None
-        """What is being written, or could not be."""
+        """What is being written, or could not be; and so the snapshots, which come before it."""
+        self._busy = False
         self._thread: threading.Thread | None = None
         self.scores: list[tuple[HeldOutScore, bytes]] = []
         """Held-out scores that are to be written, with their pictures."""
         self._error: BaseException | None = None
         self.trouble: str | None = None
-        """What the storage says, where it does not take checkpoints."""
+        """What the storage says, where it does not take what it is given."""
 
     def write(self, checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
-        self.wait()
-        unwritten = [] if self._left is None else self._left[1]
-        self._left = (checkpoint, [*unwritten, *rows])
-        self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
-        self._thread.start()
+        """Each is waited for in turn, until the storage does not take one: then nobody knows how long it would be
+        waited for, and the newest takes the place of the one that is tried still."""
+        if self.trouble is None or self._error is not None:
+            self.wait()
+        with self._changing:
+            unwritten = [] if self._left is None else self._left[1]
+            self._left = (checkpoint, [*unwritten, *rows])
+        self._start()
+
+    def keep_snapshot(self, step: int, profiles: Mapping[float, Mapping[str, Tensor]]) -> None:
+        with self._changing:
+            self._snapshots.append((step, profiles))
+        self._start()
+
+    def _start(self) -> None:
+        with self._changing:
+            if self._busy:
+                return
+            self._busy = True
+            self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+            self._thread.start()
 
     def write_score(self, score: HeldOutScore, grid: bytes) -> None:
         self.wait()
-        self.scores.append((score, grid))
-        self._work()
+        with self._changing:
+            self.scores.append((score, grid))
+        self._start()
+        self.wait()
 
     def wait(self) -> None:
         if self._thread is not None:
@@ -178,7 +200,7 @@ class _Writer:
                 return
             time.sleep(pause)
             pause *= 2
-            self._work()
+            self._start()
             self.wait()
         if self._left is not None or self.scores:
             raise Failed(
@@ -186,27 +208,50 @@ class _Writer:
             )
 
     def _work(self) -> None:
-        """Write what there is, in its order; a step's score is told of no checkpoint that is not there."""
-        doing = ""
+        more = True
+        while more:
+            with self._changing:
+                snapshots, left, scores = tuple(self._snapshots), self._left, tuple(self.scores)
+            taken = self._commit(snapshots, left, scores)
+            with self._changing:
+                # What came meanwhile is tried at once; what the storage did not take waits for the next checkpoint.
+                came = self._left is not left or len(self._snapshots) > len(snapshots) or len(self.scores) > len(scores)
+                self._busy = more = came and self._error is None
+                if taken:
+                    del self._snapshots[: len(snapshots)], self.scores[: len(scores)]
+                    self._left = None if self._left is left else self._left
+
+    def _commit(
+        self,
+        snapshots: Sequence[_Snapshot],
+        left: tuple[Checkpoint, list[Row]] | None,
+        scores: Sequence[tuple[HeldOutScore, bytes]],
+    ) -> bool:
+        """Write what there is, in its order: a checkpoint counts on the snapshots before it, and a step's score is told
+        of no checkpoint that is not there. Whether the storage took it."""
+        doing = "what is new" if left is None else f"checkpoint {left[0].step}"
         try:
             check_newest(self._run, self._attempt)
-            if self._left is not None:
-                checkpoint, rows = self._left
+            for step, profiles in snapshots:
+                doing = f"snapshot {step}"
+                self._run.checkpoints.save_snapshot(step, profiles)
+            if left is not None:
+                checkpoint, rows = left
                 doing = f"checkpoint {checkpoint.step}"
                 self._run.journal.commit(self._attempt, rows)
                 also = kept_for_scores(self._run, self._train)
                 self._run.checkpoints.save(checkpoint, self._train.keep_checkpoints, self._train.keep_every, also)
-                self._left = None
-            while self.scores:
-                doing = f"the score of step {self.scores[0][0].step}"
-                self._run.scores.commit(*self.scores[0])
-                del self.scores[0]
+            for score, grid in scores:
+                doing = f"the score of step {score.step}"
+                self._run.scores.commit(score, grid)
         except (OSError, StorageError) as error:
             self.trouble = f"{doing} could not be written ({one_line(error)})"
+            return False
         except BaseException as error:  # raised where it is waited for
             self._error = error
-        else:
-            self.trouble = None
+            return False
+        self.trouble = None
+        return True
 
 
 def check_newest(run: Run, attempt: int) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from socket import gethostname
 from typing import Any, Literal
@@ -17,9 +17,11 @@ from typing import Any, Literal
 from pipelines.data.damage import Damage
 from pipelines.data.manifest import Dataset
 from pipelines.errors import UserError
+from pipelines.files import StorageError
 from pipelines.progress import counted
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place, canonical_json, identity
+from pipelines.train.board import RayBoard
 from pipelines.train.checkpoint import Checkpoints
 from pipelines.train.journal import Journal
 from pipelines.train.scores import Scores
@@ -28,9 +30,7 @@ FORMAT = 1
 
 Ask = Literal["checkpoint", "stop"]
 
-LIVE = "live.json"
-"""A picture of the moment, replaced all the time."""
-
+_LIVE = "live.json"
 _ASKED: dict[Ask, str] = {"stop": "asked-to-stop", "checkpoint": "asked-for-checkpoint"}
 _RUNS_NAMED = 5
 
@@ -86,27 +86,37 @@ class Run:
         return parse_spec(self.description()["spec"], origin=str(self.place / "run.json"))
 
     @contextlib.contextmanager
-    def driving(self) -> Iterator[None]:
-        """Hold the run while driving it; UserError by name where somebody else does."""
-        with (self.place / "lock").lock(f"run {self.name}"):
+    def driving(self) -> Iterator[Callable[[], None]]:
+        """Hold the run while driving it; UserError by name where somebody else does. The block is given what
+        `Place.lock` gives."""
+        with (self.place / "lock").lock(f"run {self.name}") as check_held:
             self.place.sweep_temporaries()
-            self.checkpoints.place.sweep_temporaries()
-            self.checkpoints.snapshots.sweep_temporaries()
+            self.checkpoints.sweep()
             self.forget_asked()
-            yield
+            yield check_held
+
+    @property
+    def board(self) -> Place:
+        """Where its driver and its workers leave each other what need not last: the picture of the moment, and what is
+        asked. The run's folder, or Ray's memory for a run in a store where each look is a request."""
+        return self.place if self.place.is_local else RayBoard(str(self.place))
 
     def ask(self, what: Ask) -> None:
         """Ask who trains the run for a checkpoint at once, or to stop with one."""
-        (self.place / _ASKED[what]).write(b"")  # for which a full disk has room, too
+        (self.board / _ASKED[what]).write(b"")  # for which a full disk has room, too
 
     def asked(self) -> Ask | None:
         """What is asked of who trains the run; to stop, where both are."""
-        return next((what for what in _ASKED if (self.place / _ASKED[what]).exists()), None)
+        for what, name in _ASKED.items():
+            with contextlib.suppress(FileNotFoundError, StorageError):  # what cannot be learnt now is looked for again
+                (self.board / name).read()
+                return what
+        return None
 
     def forget_asked(self) -> None:
         """What was asked is done, or was asked of an earlier driver's workers."""
         for name in _ASKED.values():
-            (self.place / name).delete()
+            (self.board / name).delete()
 
     def claim_attempt(self) -> int:
         """A number higher than every earlier attempt's."""
@@ -130,13 +140,17 @@ class Run:
 
     def show(self, live: Mapping[str, Any]) -> None:
         """Replace the picture of the moment; in place where a full disk has no room for another."""
-        data = canonical_json(live).encode()
+        place, data = self.board / _LIVE, canonical_json(live).encode()
         try:
-            (self.place / LIVE).write(data)
+            place.write(data)
         except OSError:
-            with open((self.place / LIVE).path, "r+b", buffering=0) as file:
+            with open(place.path, "r+b", buffering=0) as file:
                 file.write(data)
                 file.truncate()
+
+    def forget_live(self) -> None:
+        """The picture is of an earlier moment."""
+        (self.board / _LIVE).delete()
 
     def attempts(self, newest: int) -> list[Attempt]:
         """The newest attempts, at most so many, rising; without those that were killed before rank 0 told."""
@@ -156,7 +170,7 @@ class Run:
     def live(self) -> dict[str, Any] | None:
         """The picture of the moment; None before the first, and where it is just being replaced in place."""
         try:
-            return (self.place / LIVE).read_json()
+            return (self.board / _LIVE).read_json()
         except (FileNotFoundError, ValueError):
             return None
 

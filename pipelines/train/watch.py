@@ -6,19 +6,23 @@ thread reads the run's folder meanwhile. What the tracker may have is sent by a 
 
 import threading
 import time
+from collections.abc import Callable
 
 from pipelines.cluster import Cluster
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed
+from pipelines.files import StorageError
 from pipelines.progress import Progress, counted
 from pipelines.spec import Spec
 from pipelines.train.beside import ScoresBeside
 from pipelines.train.end import Why, plateau_end
 from pipelines.train.group import explained, fit_through_deaths
-from pipelines.train.run import LIVE, Run
+from pipelines.train.run import Run
 
 _WATCH_SECONDS = 0.25
 _CLUSTER_SECONDS = 1.0
+_SCORES_SECONDS = 5.0
+"""Between looks at the scores in a store where each is a request."""
 _STOP_SECONDS = 12.0
 _PATIENCE_SECONDS = 900.0
 """Without a word of the workers, a started group is given up: longer than any time-out within it, and than any step."""
@@ -27,10 +31,21 @@ _PATIENCE_SECONDS = 900.0
 class Watch:
     """Of one drive of a run, whose lock is the caller's."""
 
-    def __init__(self, spec: Spec, dataset: Dataset, run: Run, cluster: Cluster, progress: Progress) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        dataset: Dataset,
+        run: Run,
+        cluster: Cluster,
+        progress: Progress,
+        check_held: Callable[[], None],
+    ) -> None:
+        """`check_held` is what the lock gives."""
         self._spec, self._dataset, self._run = spec, dataset, run
         self._cluster, self._progress = cluster, progress
         self._beside = ScoresBeside.where_there_is_room(spec, dataset, run, cluster, progress)
+        self._check_held = check_held
+        self._storage_is_away = False
         self._over = threading.Event()  # not the thread's word: of one whose `join` was interrupted it says it ended
         self._why: Why | None = None
         self._failure: BaseException | None = None
@@ -40,7 +55,8 @@ class Watch:
 
     def run(self) -> Why | None:
         """Train to the end; what ended the run before `train.images`, if anything did."""
-        (self._run.place / LIVE).delete()
+        self._run.forget_live()
+        self._run.forget_asked()
         attempt = self._run.newest_attempt()
         threading.Thread(target=self._fit, name="ray-train", daemon=True).start()
         try:
@@ -69,17 +85,37 @@ class Watch:
             self._over.set()
 
     def _watch(self) -> None:
-        looked = time.monotonic()
+        looked = scored = time.monotonic()
+        pause = 0.0 if self._run.place.is_local else _SCORES_SECONDS
         leaving, cpus = set(self._cluster.draining()), self._cluster.cpus()
         while not self._over.wait(_WATCH_SECONDS):
+            self._check_held()
             self._show()
-            if time.monotonic() - looked > _CLUSTER_SECONDS:
+            now = time.monotonic()
+            if now - looked > _CLUSTER_SECONDS:
                 leaving, cpus = self._look_at_cluster(leaving, cpus)
                 looked = time.monotonic()
-            scored = self._beside is not None and self._beside.look()
-            if scored and plateau_end(self._run, self._spec.train) is not None:
-                self._stop()
+            if self._beside is not None and now - scored >= pause:
+                self._patiently(self._look_at_scores)
+                scored = time.monotonic()
             self._check_alive()
+
+    def _look_at_scores(self) -> None:
+        assert self._beside is not None
+        # Where the storage was away, what the last look found may not have been followed up.
+        if (self._beside.look() or self._storage_is_away) and plateau_end(self._run, self._spec.train) is not None:
+            self._stop()
+
+    def _patiently(self, look: Callable[[], None]) -> None:
+        """Do something that reads the run's folder, unless its storage is away: said once, and done the next time."""
+        try:
+            look()
+        except StorageError as error:
+            if not self._storage_is_away:
+                self._progress.say(f"warning: {error}; training goes on")
+            self._storage_is_away = True
+        else:
+            self._storage_is_away = False
 
     def _look_at_cluster(self, leaving: set[str], cpus: int) -> tuple[set[str], int]:
         """Have a checkpoint written before the group changes, which Ray does without a word to it."""

@@ -81,7 +81,7 @@ def test_members_near_each_other_come_by_one_request(remote: Dataset, proxy: Fau
 def test_members_far_from_each_other_come_by_their_own(
     remote: Dataset, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.s3._S3File.gap", 2000)  # bytes: a sample and its JSON are some 2500 here
+    monkeypatch.setattr("pipelines.s3_file.S3File.gap", 2000)  # bytes: a sample and its JSON are some 2500 here
     reader = Reader(remote.split("train"), 0)
     reader.read(np.array([0]), np.array([0]))
     proxy.calm()

@@ -1,0 +1,330 @@
+"""What a store needs of S3: claims, leases, folders that appear whole; on a real server, and a way to it at fault."""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.files import StorageError
+from pipelines.s3 import S3Place, check_conditional
+from pipelines.s3_lease import Terms
+from pipelines.session import open_session
+from pipelines.store import MANIFEST, DamageError, Place, check_store
+from pipelines.train.checkpoint import Checkpoints
+from tests.s3_faults import BUCKET, HASTE, FaultyProxy, set_environment, wait_until
+
+QUICK = Terms(lease=2.0, renew=0.3, look=0.1, join=1.0)
+"""Of a lease, so that a dead holder's is free while a test waits."""
+
+
+@pytest.fixture
+def root(proxy: FaultyProxy, request: pytest.FixtureRequest) -> S3Place:
+    """A prefix of the test's own, used in haste."""
+    return S3Place(BUCKET, request.node.name.replace("[", "-").replace("]", ""), HASTE)
+
+
+# --- claims ---
+
+
+def test_of_many_who_claim_one_is_first(root: S3Place) -> None:
+    place = root / "attempts" / "0001"
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: place.claim(bytes([number])), range(8)))
+    assert won.count(True) == 1
+    assert place.read() == bytes([won.index(True)])
+    assert not place.claim(b"late")
+    place.delete()
+    assert place.claim(b"")
+
+
+@pytest.mark.parametrize("fault", ["500", "refuse", "late", "lost"])
+def test_a_claim_whose_answer_was_lost_is_ours_and_of_nobody_else(
+    root: S3Place, proxy: FaultyProxy, fault: Any
+) -> None:
+    proxy.methods, proxy.faults = frozenset({"PUT"}), [fault]
+    assert (root / "x").claim(b"ours")
+    assert proxy.faults == []
+    assert (root / "x").read() == b"ours"
+    proxy.faults = [fault]
+    assert not (root / "x").claim(b"theirs")
+    assert (root / "x").read() == b"ours"
+
+
+def test_a_claim_that_cannot_be_made_is_one_line(root: S3Place, proxy: FaultyProxy, monkeypatch: Any) -> None:
+    proxy.always = "503"
+    with pytest.raises(
+        StorageError, match=f"{root}/x: could not be written in 3 attempts: AWS Error .*503.*localhost:"
+    ):
+        (root / "x").claim(b"")
+    proxy.calm()
+    with pytest.raises(StorageError, match="nowhere/x: could not be written: AWS Error NO_SUCH_BUCKET"):
+        S3Place("nowhere", "x", HASTE).claim(b"")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    from pipelines import s3_conditional
+
+    s3_conditional._client.cache_clear()
+    with pytest.raises(UserError, match=f"storage {root}/x: Unable to locate credentials"):
+        (root / "x").claim(b"")
+    s3_conditional._client.cache_clear()
+
+
+class _Heedless(BaseHTTPRequestHandler):
+    """A server that keeps objects and takes no heed of conditions."""
+
+    protocol_version = "HTTP/1.1"
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def _answer(self, status: int, body: bytes = b"") -> None:
+        self.send_response(status)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_PUT(self) -> None:
+        self.objects[self.path] = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer(200)
+
+    def do_DELETE(self) -> None:
+        self.objects.pop(self.path, None)
+        self._answer(204)
+
+    def do_HEAD(self) -> None:
+        self._answer(200 if self.path in self.objects else 404)
+
+    def do_GET(self) -> None:
+        self._answer(200, b"<ListBucketResult><Name>b</Name><KeyCount>0</KeyCount></ListBucketResult>")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_a_server_without_conditional_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Heedless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        set_environment(monkeypatch, f"http://127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(UserError, match="storage s3://b/store: the server takes no heed of If-None-Match"):
+            check_conditional(S3Place("b", "store", HASTE))
+        server.shutdown()
+
+
+def test_a_store_leaves_nothing_of_its_trial(root: S3Place) -> None:
+    check_store(root)
+    assert root.find("") == []
+
+
+def test_a_tracker_in_a_store_on_s3_is_refused_in_one_line(
+    root: S3Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match=f"tracking.uri: MLflow's database cannot lie in {root}: give --tracking-uri"):
+        open_session(None, None, storage=str(root))  # type: ignore[arg-type]
+    session = open_session(None, None, storage=str(root), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")  # type: ignore[arg-type]
+    assert session.tracker.address.artifacts == f"file://{tmp_path}/mlflow.db-artifacts"
+
+
+# --- folders ---
+
+FILES = {"a.bin": os.urandom(3000), "b.json": b"{}"}
+
+
+def test_a_folder_is_committed_as_one_on_a_disk_is(root: S3Place, tmp_path: Path) -> None:
+    for folder in (Place.of(tmp_path), root):
+        place = folder / "000000005"
+        manifest = place.commit_folder(FILES)
+        assert (place / MANIFEST).read_json() == manifest
+        assert place.read_folder() == FILES
+        assert place.read_folder("b.json") == {"b.json": b"{}"}
+        assert folder.committed() == ["000000005"]
+        (folder / "pins" / "5").write(b"")
+        assert folder.committed() == ["000000005"]
+        place.commit_folder({"c": b"other"})
+        assert place.read_folder() == {"c": b"other"}
+        assert sorted(place.list()) == [MANIFEST, "c"]
+        (place / "c").write(b"damage")
+        with pytest.raises(DamageError, match="000000005/c does not match the sha256"):
+            place.read_folder()
+        place.commit_folder({"c": b"other"})
+        assert place.read_folder() == {"c": b"other"}
+        place.remove()
+        with pytest.raises(DamageError, match=r"MANIFEST\.json is missing"):
+            place.read_folder()
+        assert folder.committed() == []
+        place.remove()
+
+
+def test_a_folder_that_is_there_is_not_written_again(root: S3Place, proxy: FaultyProxy) -> None:
+    (root / "x").commit_folder(FILES)
+    proxy.seen = {}
+    (root / "x").commit_folder(FILES)
+    assert "PUT" not in proxy.seen
+
+
+@pytest.mark.parametrize("whole", range(3))
+def test_a_folder_exists_with_its_last_object(root: S3Place, proxy: FaultyProxy, whole: int) -> None:
+    """Whichever the request at which the storage went away."""
+    proxy.methods, proxy.faults, proxy.always = frozenset({"PUT"}), [None] * whole, "500"
+    with pytest.raises(StorageError):
+        (root / "000000005").commit_folder(FILES)
+    proxy.calm()
+    assert root.committed() == []
+    with pytest.raises(DamageError, match="is missing"):
+        (root / "000000005").read_folder()
+    (root / "000000005").commit_folder(FILES)
+    assert (root / "000000005").read_folder() == FILES
+
+
+def test_what_is_replaced_or_removed_is_whole_or_not_there(root: S3Place, proxy: FaultyProxy) -> None:
+    place = root / "000000005"
+    for change in (place.remove, lambda: place.commit_folder({"a.bin": b"other"})):
+        place.commit_folder(FILES)
+        proxy.methods, proxy.faults, proxy.always = frozenset({"DELETE", "PUT", "POST"}), [None], "500"
+        with pytest.raises(StorageError):
+            change()
+        proxy.calm()
+        assert root.committed() == []
+
+
+def test_what_a_network_garbled_is_read_again(root: S3Place, proxy: FaultyProxy) -> None:
+    (root / "x").commit_folder(FILES)
+    proxy.methods, proxy.faults = frozenset({"GET"}), [None, None, "garbled"]
+    assert (root / "x").read_folder() == FILES
+    assert proxy.faults == []
+
+
+def test_halves_of_checkpoints_are_swept_and_nothing_else(root: S3Place) -> None:
+    checkpoints = Checkpoints(root / "checkpoints")
+    checkpoints.at(5).commit_folder(FILES)
+    (checkpoints.at(10) / "a.bin").write(b"half")
+    (checkpoints.place / ".tmp-0").write(b"")
+    (checkpoints.snapshots / "000000010" / "profiles.safetensors").write(b"half")
+    checkpoints.pin(5)
+    checkpoints.sweep()
+    assert root.find("") == [
+        "checkpoints/000000005/MANIFEST.json",
+        *(f"checkpoints/000000005/{n}" for n in FILES),
+        "checkpoints/pins/5",
+    ]
+    assert (checkpoints.place / ".tmp-0").exists() is False
+    assert checkpoints.steps() == [5]
+
+
+# --- leases ---
+
+
+def test_a_live_holder_is_named_and_a_free_lease_is_taken_at_once(root: S3Place) -> None:
+    lock = root / "lock"
+    with lock.lock("run r", terms=QUICK) as check:
+        begun = time.monotonic()
+        with (
+            pytest.warns(UserWarning, match=f"run r is held by process {os.getpid()} on .*whether that is alive"),
+            pytest.raises(
+                UserError, match=f"run r is being driven by process {os.getpid()} on .*: wait for it or stop"
+            ),
+            lock.lock("run r", terms=QUICK),
+        ):
+            pass
+        assert time.monotonic() - begun < QUICK.lease
+        time.sleep(1.5 * QUICK.lease)  # it is renewed
+        check()
+    begun = time.monotonic()
+    with lock.lock("run r", terms=QUICK):
+        assert time.monotonic() - begun < 0.5
+
+
+_HOLD = """
+import sys, time
+from pipelines.errors import Failed
+from pipelines.s3_lease import Terms
+from pipelines.store import Place
+with Place.of(sys.argv[1]).lock("run r", terms=Terms(*map(float, sys.argv[2:]))) as check:
+    print("held", flush=True)
+    for _ in range(600):
+        time.sleep(0.1)
+        try:
+            check()
+        except Failed as error:
+            print(error, flush=True)
+            break
+"""
+
+
+@contextlib.contextmanager
+def _holder(root: S3Place) -> Iterator["subprocess.Popen[bytes]"]:
+    """Another process that holds the lease, and tells if it loses it."""
+    command = [sys.executable, "-c", _HOLD, f"{root}/lock", *map(str, dataclasses.astuple(QUICK))]
+    with subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            yield holder
+        finally:
+            holder.kill()
+
+
+def test_a_killed_holders_lease_is_free_when_its_time_is_over(root: S3Place) -> None:
+    with _holder(root) as holder:
+        holder.kill()
+    begun = time.monotonic()
+    with (root / "lock").lock("r", terms=QUICK):
+        assert QUICK.lease - QUICK.renew - 0.5 < time.monotonic() - begun < QUICK.lease + 2
+
+
+def test_who_waits_gets_a_lease_in_turn(root: S3Place) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with (root / "lock").lock("r", wait=True, terms=QUICK):
+            order.append("second")
+
+    with (root / "lock").lock("r", terms=QUICK):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        time.sleep(1.5 * QUICK.lease)
+        order.append("first")
+    waiting.join(10)
+    assert order == ["first", "second"]
+
+
+def test_a_holder_who_was_cut_off_for_longer_than_the_lease_finds_it_taken(
+    root: S3Place, proxy: FaultyProxy, server: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _holder(root) as holder:
+        assert holder.stdout is not None
+        proxy.always = "refuse"
+        set_environment(monkeypatch, f"http://127.0.0.1:{server}")  # our way there is another
+        with (root / "lock").lock("run r", terms=QUICK) as check:
+            proxy.calm()
+            assert holder.stdout.readline().startswith(b"run r was taken over by another process")
+            time.sleep(3 * QUICK.renew)
+            check()  # and it has not touched ours at its end
+
+
+def test_a_lease_outlives_a_storage_that_is_away_for_a_while(root: S3Place, proxy: FaultyProxy) -> None:
+    with (root / "lock").lock("run r", terms=QUICK) as check:
+        for fault in ("refuse", "500", "lost"):
+            proxy.methods, proxy.faults, before = frozenset({"PUT"}), [fault], proxy.seen.get("PUT", 0)
+            wait_until(lambda before=before: proxy.faults == [] and proxy.seen["PUT"] > before + 1)
+        # Longer than the lease, even, if nobody else asked for it meanwhile.
+        proxy.always = "refuse"
+        time.sleep(1.2 * QUICK.lease)
+        proxy.calm()
+        wait_until(lambda: proxy.seen.get("PUT", 0) > 1)
+        check()
+    begun = time.monotonic()
+    with (root / "lock").lock("run r", terms=QUICK):
+        assert time.monotonic() - begun < 0.5
