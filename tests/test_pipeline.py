@@ -153,12 +153,14 @@ class Unpickled:
         return Unpickled.happened.append, (True,)
 
 
-def test_the_registered_model_predicts_through_mlflow(result: Result, shared: Session) -> None:
+def test_the_registered_model_predicts_through_mlflow(
+    result: Result, shared: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
     import pandas
 
-    mlflow.set_tracking_uri(shared.tracking_uri)
-    mlflow.set_registry_uri(shared.tracking_uri)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, shared.tracking_uri)
     model = mlflow.pyfunc.load_model(f"models:/tiny/{result.version}")
     images = model.predict(pandas.DataFrame({"seed": [1, 2, 3]}))
     assert images.shape == (3, 8, 8, 1)

@@ -7,6 +7,7 @@ from and what evidence it carries.
 import contextlib
 import io
 import json
+import os
 import re
 import tempfile
 import warnings
@@ -139,11 +140,17 @@ def _fluent(tracking_uri: str) -> Iterator[None]:
     """Some of MLflow has only the fluent interface: point it here for the block, and back."""
     import mlflow
 
-    tracking, registry = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    # MLflow sets the environment along, where other parts would find it; of nothing said, its getters make an address.
+    said = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(tracking)
-        mlflow.set_registry_uri(registry)
+        mlflow.set_tracking_uri(said["MLFLOW_TRACKING_URI"])
+        mlflow.set_registry_uri(said["MLFLOW_REGISTRY_URI"])
+        for name, value in said.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,5 +1,6 @@
 """A run begins with the weights that named it, and only with weights that mean here what they meant."""
 
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -230,7 +231,9 @@ def test_a_registered_model_is_where_a_run_begins(session: Session, dataset: Dat
     model, tracker = of_checkpoint(first, 1), session.tracker
     version = register(model, "tiny", tracker.run_id(first, first.spec(), dataset), session.tracking_uri, {})
     named = tiny_spec(model={**MODEL, "norm_eps": 1e-6}, train__init_from=f"tiny@{version}", train__images=32)
+    surroundings = dict(os.environ)
     resolved = with_first_weights(named, session)
+    assert dict(os.environ) == surroundings, "MLflow's address is none of the next store's business"
     assert resolved.train.init_from is not None
     # The same run as from the checkpoint that was registered; and the folder says what its weights mean.
     there = named.model_copy(
