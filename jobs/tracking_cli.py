@@ -30,7 +30,9 @@ def reconcile(
         done = settle(Place.of(storage_of(None, storage)), run, tracking_uri, progress)
     print_result(as_json, {"runs": [asdict(told) for told in done]}, lambda: show_reconciled(done))
     if failed := [told for told in done if told.error is not None]:
+        first = failed[0]
+        to = f" to {first.tracker}" if first.tracker else ""
         raise Failed(
-            f"{counted(len(failed), 'run')} could not be sent to {failed[0].tracker}: {failed[0].error}; "
-            "what is owed is kept, run it again when MLflow answers"
+            f"{counted(len({told.run for told in failed}), 'run')} could not be sent, {first.run}{to} for one: "
+            f"{first.error}; what is owed is kept, run it again when that is mended"
         )

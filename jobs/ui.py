@@ -28,7 +28,7 @@ def serve_ui(address: Address, port: int) -> NoReturn:
     UserError where the port is taken.
     """
     if address.artifacts is None:
-        print(f"MLflow is a server already: open {address.uri}")
+        print(f"MLflow is a server already: open {address.shown}")
         sys.exit(0)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -37,7 +37,7 @@ REQUEST_BYTES = 8 * 2**20
 
 _FINAL = re.compile(
     r"AWS Error (?:ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
-    r"|\w+ \(HTTP status (?:40[0135]|30\d)\))"
+    r"|(?!REQUEST_TIMEOUT)\w+ \(HTTP status (?:40[0135]|30\d)\))"
 )
 _ADDRESS = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]+)((?:/[^?#]*)?)")
 
@@ -248,9 +248,14 @@ class S3Place(Place):
         """Hold this object as a lease while the block runs; where it is held, wait, or UserError naming the holder,
         who is seen to be alive first. A dead holder's is free when it has not been renewed for the time of the terms.
         """
-        brisk = S3Place(self.bucket, self.key, _BRISK)
-        with Lease(self, brisk, what, terms or Terms()).held(wait) as check:
+        with self._lease(what, terms).held(wait) as check:
             yield check
+
+    def is_held(self, terms: Terms | None = None) -> bool:
+        return self._lease("", terms).is_held()
+
+    def _lease(self, what: str, terms: Terms | None) -> Lease:
+        return Lease(self, S3Place(self.bucket, self.key, _BRISK), what, terms or Terms())
 
     def _file_info(self) -> Any:
         info = self._info()

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipelines.errors import Failed, UserError
+from pipelines.errors import Failed, UserError, one_line
 from pipelines.files import StorageError
+from pipelines.locks import held_by, this_process
 from pipelines.s3_conditional import Seen
-from pipelines.store import held_by, this_process
 
 if TYPE_CHECKING:
     from pipelines.s3 import S3Place
@@ -66,6 +66,20 @@ class Lease:
             if not thread.is_alive() and not self._lost.is_set():
                 with contextlib.suppress(StorageError):  # it ends by itself
                     self._brisk.replace(self._record(free=True), self._tag)
+
+    def is_held(self) -> bool:
+        """Whether somebody holds it, who renews it; without a hold of one's own. Where the server does not tell the
+        time, it is watched for as long as a lease lasts without a renewal."""
+        first, since = self._place.look(), time.monotonic()
+        if first is None or self._is_free(first):
+            return False
+        seen: Seen | None = first
+        while first.age_seconds is None and seen is not None and seen.tag == first.tag:
+            if self._is_over(since):
+                return False
+            time.sleep(self._terms.look)
+            seen = self._place.look()
+        return seen is not None and not self._is_free(seen)
 
     def check(self) -> None:
         """Failed where another process has taken the lease."""
@@ -128,13 +142,24 @@ class Lease:
         return json.dumps(record, sort_keys=True).encode()
 
     def _renew(self) -> None:
+        renewed, warned = time.monotonic(), False
         while not self._over.wait(self._terms.renew):
-            with contextlib.suppress(StorageError, UserError):  # until somebody else takes it, it is ours
+            begun = time.monotonic()
+            try:
                 tag = self._brisk.replace(self._record(), self._tag) or self._still_ours()
-                if tag is None:
-                    self._lost.set()
-                    return
-                self._tag = tag
+            except (StorageError, UserError) as error:  # until somebody else takes it, it is ours
+                if not warned and self._is_over(renewed):
+                    warned = True
+                    warnings.warn(
+                        f"{self._what}: its lease could not be renewed for {self._terms.lease:g} s, and whoever asks "
+                        f"for it now may take it: {one_line(error)}",
+                        stacklevel=1,
+                    )
+                continue
+            if tag is None:
+                self._lost.set()
+                return
+            self._tag, renewed, warned = tag, begun, False
 
     def _still_ours(self) -> str | None:
         """The tag, if what is there is a renewal whose answer did not reach us."""

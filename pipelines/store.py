@@ -6,7 +6,6 @@ How S3, which has neither renames nor locks, keeps the same promises is in `pipe
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -14,13 +13,12 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from socket import gethostname
 from typing import Any, ClassVar
 
 from pipelines.errors import UserError, one_line
 from pipelines.files import LocalFile, RangeFile, StorageError
+from pipelines.locks import holding, is_held
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_FORMAT = 1
@@ -278,21 +276,12 @@ class Place:
         The kernel frees a dead holder's lock at once. What the block is given is for those who hold it long: called,
         it is Failed where somebody else holds it by now, to which only a lease can come (`pipelines.s3_lease`).
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise held_by(what, holder) from None
-            file.truncate(0)
-            file.write(f"{this_process()}\n")
-            file.flush()
-            try:
-                yield lambda: None
-            finally:
-                file.truncate(0)
+        with holding(self.path, what, wait):
+            yield lambda: None
+
+    def is_held(self) -> bool:
+        """Whether anybody holds this file as a lock; nobody's hold is changed by the look."""
+        return is_held(self.path)
 
 
 def manifest_of(files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -302,15 +291,6 @@ def manifest_of(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=2) + "\n").encode()
-
-
-def this_process() -> str:
-    """Who holds a lock from now on, for those who find it held."""
-    return f"process {os.getpid()} on {gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}"
-
-
-def held_by(what: str, holder: str) -> UserError:
-    return UserError(f"{what} is being driven by {holder}: wait for it or stop it")
 
 
 def check_writable(place: Place) -> None:

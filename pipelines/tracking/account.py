@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from pipelines.errors import Failed, one_line
 from pipelines.progress import counted
 from pipelines.spec import Spec
 from pipelines.tracking.held_out import send_score
 from pipelines.tracking.mlflow_run import delete_others, describe, exists, make_run, set_tags
+from pipelines.tracking.outage import is_outage
 from pipelines.tracking.record import Lineage, Record, Records
 from pipelines.tracking.rows import CLOCK, intervals, portions
 from pipelines.train.end import known_end, settled_step
@@ -24,15 +26,15 @@ _LONGEST_TAG = 8000
 
 
 class Account:
-    """Of one run with the tracker at one address. The lock of its records is the caller's."""
+    """Of one run with the tracker of one name. The lock of its records is the caller's."""
 
-    def __init__(self, uri: str, run: Run, spec: Spec, lineage: Lineage) -> None:
-        self._uri, self._run, self._spec, self._lineage = uri, run, spec, lineage
-        self._records = Records(run)
+    def __init__(self, name: str, records: Records, run: Run, spec: Spec, lineage: Lineage) -> None:
+        self._name, self._records = name, records
+        self._run, self._spec, self._lineage = run, spec, lineage
 
     @property
     def record(self) -> Record:
-        return self._records.of(self._uri)
+        return self._records.of(self._name)
 
     def owes(self, status: str | None = None) -> bool:
         """Whether there is anything to send, as far as is known here; `status` is how the run ended, if it did."""
@@ -48,8 +50,10 @@ class Account:
         if record.run_id is None or not exists(client, record.run_id):
             record = Record(key=record.key)
             self._save(record)  # before it is made: the key must outlive a kill
-            run_id = make_run(client, experiment_id(), self._run.name, record.key, self._lasting_tags())
-            record = self._save(replace(record, run_id=run_id))
+            made = make_run(client, experiment_id(), self._run.name, record.key, self._lasting_tags())
+            if made.was_there:  # with what was sent by another address, or unheard
+                record = replace(record, status=made.ended, doubtful_step=self._spec.train.total_steps)
+            record = self._save(replace(record, run_id=made.run_id))
         assert record.run_id is not None
         if not record.described:
             describe(client, record.run_id, self._spec, self._lineage, environment())
@@ -67,20 +71,23 @@ class Account:
     def send(self, client: Any, status: str | None) -> int:
         """All that an open run owes; the number of steps whose rows were sent. `status` ends its MLflow run; FINISHED
         is for one whose last interval is sent though it be shorter. A longer run sends that interval again, whole.
+
+        Failed where scores could not be sent, after all else was.
         """
         record = self.record
         assert record.run_id is not None
         if (tags := self._tags()) != record.tags:
             set_tags(client, record.run_id, tags)
             self._save(replace(record, tags=tags))
-        for step in self._unsent_scores():
-            send_score(client, record.run_id, self._run.scores, step)
-            self._save(replace(self.record, scored_steps=[*self.record.scored_steps, step]))
         steps = self._send_rows(client, record.run_id, tail=status == "FINISHED")
+        errors = self._send_scores(client, record.run_id)
         if status is not None:
             self.tidy(client)
             client.set_terminated(record.run_id, status=status)
             self._save(replace(self.record, status=status, ended_step=self._last_step()))
+        if errors:
+            step, error = next(iter(errors.items()))
+            raise Failed(f"the score of step {step} could not be sent: {one_line(error)}") from error
         return steps
 
     def tidy(self, client: Any) -> None:
@@ -104,15 +111,30 @@ class Account:
         self._save(replace(record, shipped_step=max(record.shipped_step, self._whole(last)), doubtful_step=0))
         return sum(len(interval) for interval in owed)
 
+    def _send_scores(self, client: Any, run_id: str) -> dict[int, Exception]:
+        """Each by itself: what is wrong with one picture, or with the place of all, keeps nothing else back."""
+        errors: dict[int, Exception] = {}
+        for step in self._unsent_scores():
+            try:
+                send_score(client, run_id, self._run.scores, step)
+            except Exception as error:  # of MLflow's client, of its artifacts' place, or of the score's own files
+                errors[step] = error
+                if is_outage(error):
+                    break
+            else:
+                self._save(replace(self.record, scored_steps=[*self.record.scored_steps, step]))
+        return errors
+
     def _unsent_scores(self) -> list[int]:
         known, last = set(self.record.scored_steps), self._last_step()
         return [step for step in self._run.scores.steps() if step <= last and step not in known]
 
     def _last_step(self) -> int:
         """The last committed checkpoint's, for later rows may be made again; or an earlier one, where the run ends
-        there by its limits, or may by a score that is still to come: what lies behind it is discarded then.
+        there by its limits or its `train.images`, or may by a score that is still to come: what lies behind it is
+        discarded then, or a longer run's to send.
         """
-        last = max(self._run.checkpoints.steps(), default=0)
+        last = min(max(self._run.checkpoints.steps(), default=0), self._spec.train.total_steps)
         settled, end = settled_step(self._run, self._spec.train), known_end(self._run, self._spec.train)
         return min(last, last if settled is None else settled, last if end is None else end.step)
 
@@ -140,7 +162,7 @@ class Account:
         return tags
 
     def _save(self, record: Record) -> Record:
-        self._records.save(self._uri, record)
+        self._records.save(self._name, record)
         return record
 
 

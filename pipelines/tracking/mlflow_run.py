@@ -1,6 +1,7 @@
 """An MLflow run: made once, described once."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines.spec import Spec
@@ -12,29 +13,39 @@ _PARAMS = 100
 """Most params of one request, by MLflow's own limit."""
 
 
-def make_run(client: Any, experiment_id: str, name: str, key: str, tags: Mapping[str, str]) -> str:
-    """The id of the MLflow run with this key, made where there is none; of several the oldest is kept.
+@dataclass(frozen=True)
+class Made:
+    """An MLflow run with a certain key."""
+
+    run_id: str
+    was_there: bool
+    ended: str | None
+    """How, if it was there and did."""
+
+
+def make_run(client: Any, experiment_id: str, name: str, key: str, tags: Mapping[str, str]) -> Made:
+    """The MLflow run with this key, made where there is none; of several the oldest is kept.
 
     MLflow's client sends a request again that was not answered in time, and then it may have been carried out twice.
     """
-    if not _found(client, experiment_id, key):
+    if not (before := _found(client, experiment_id, key)):
         client.create_run(experiment_id, run_name=name, tags={KEY: key, **tags})
     keep, *others = _found(client, experiment_id, key)
     for other in others:
-        client.delete_run(other)
-    return keep
+        client.delete_run(other.run_id)
+    return Made(keep.run_id, was_there=bool(before), ended=None if keep.status == "RUNNING" else keep.status)
 
 
 def delete_others(client: Any, run_id: str, key: str) -> None:
     """Delete the MLflow runs that a late request made beside this one."""
     for other in _found(client, client.get_run(run_id).info.experiment_id, key):
-        if other != run_id:
-            client.delete_run(other)
+        if other.run_id != run_id:
+            client.delete_run(other.run_id)
 
 
-def _found(client: Any, experiment_id: str, key: str) -> list[str]:
+def _found(client: Any, experiment_id: str, key: str) -> list[Any]:
     runs = client.search_runs([experiment_id], filter_string=f"tags.`{KEY}` = '{key}'")
-    return [run.info.run_id for run in sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))]
+    return sorted((run.info for run in runs), key=lambda info: (info.start_time, info.run_id))
 
 
 def exists(client: Any, run_id: str) -> bool:

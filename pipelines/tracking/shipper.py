@@ -1,11 +1,13 @@
 """Sends what a run owes MLflow while it is driven, from a thread of its own: neither a step nor the driver waits."""
 
+import contextlib
 import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pipelines.data.manifest import Dataset
+from pipelines.files import StorageError
 from pipelines.progress import Progress
 from pipelines.spec import Spec
 from pipelines.train.run import Run
@@ -33,7 +35,7 @@ class Shipper:
         self._tracker, self._run, self._spec, self._dataset = tracker, run, spec, dataset
         self._progress, self._driven = progress, driven
         self._ending, self._over = threading.Event(), threading.Event()
-        self._status = "FINISHED"
+        self._status, self._owes = "FINISHED", True
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._work, name="tracking", daemon=True).start()
@@ -48,19 +50,32 @@ class Shipper:
         end = time.monotonic() + (_FINISH_SECONDS if kind is None else _LEAVE_SECONDS)
         while not self._over.wait(0.05) and time.monotonic() < end:
             pass
-        if self._tracker.owes(self._run, self._spec, self._dataset, self._status):
+        if self._owes:  # or nobody knows, for the store is silent
             self._progress.say(
                 f"MLflow has not got all of run {self._run.name} yet: its next start sends the rest, "
-                f"or `ddpm reconcile {self._run.name}`"
+                f"or `{self._tracker.catching_up(self._run)}`"
             )
 
     def _work(self) -> None:
+        """Only here is MLflow, or the store, waited for."""
         try:
-            if self._driven:
-                self._tracker.start(self._run, self._spec, self._dataset)
+            started = not self._driven
             while not self._ending.is_set():
-                self._tracker.ship(self._run, self._spec, self._dataset)
+                started = started or self._tracker.start(self._run, self._spec, self._dataset)
+                if started:
+                    self._tracker.ship(self._run, self._spec, self._dataset)
                 self._ending.wait(_EVERY_SECONDS)
-            self._tracker.ship(self._run, self._spec, self._dataset, self._status)
+            status = self._end()
+            self._tracker.ship(self._run, self._spec, self._dataset, status)
+            with contextlib.suppress(Exception):  # what cannot be read may be owed
+                self._owes = self._tracker.owes(self._run, self._spec, self._dataset, status)
         finally:
             self._over.set()
+
+    def _end(self) -> str | None:
+        """How the MLflow run ends; not at all where another process drives the run on, a longer one."""
+        if self._driven:
+            return self._status
+        with contextlib.suppress(StorageError):
+            return None if self._run.is_driven() else self._status
+        return None

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shlex
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from pipelines.store import Place
 from pipelines.tracking.account import Account
 from pipelines.tracking.address import Address, database_file, set_mlflow_up
 from pipelines.tracking.mlflow_run import make_run, set_tags
+from pipelines.tracking.outage import is_of_mlflow
 from pipelines.tracking.record import Lineage, Records
 from pipelines.tracking.shipper import Shipper
 from pipelines.train.run import Run
@@ -33,7 +35,7 @@ class Tracker:
     def existing(self) -> str:
         """The address, for those who only read. UserError where no local database has been made yet."""
         if not self.still_there():
-            raise UserError(f"no models yet: there is no tracking database at {self.address.uri}; see --storage")
+            raise UserError(f"no models yet: there is no tracking database at {self.address.shown}; see --storage")
         return self.address.uri
 
     def client(self) -> Any:
@@ -54,25 +56,30 @@ class Tracker:
         database = database_file(self.address.uri)
         return self._store / "mlflow.lock" if self._store.is_local or not database else Place.of(f"{database}.lock")
 
-    def start(self, run: Run, spec: Spec, dataset: Dataset) -> None:
-        """The run is driven: its MLflow run is made, or found again and goes on."""
-        with self.tolerant("run not created yet"), Records(run).lock():
+    def start(self, run: Run, spec: Spec, dataset: Dataset) -> bool:
+        """The run is driven: its MLflow run is made, or found again and goes on. Whether that could be done."""
+        records, lineage = Records(run), Lineage.of(dataset)
+        with self.tolerant("run not created yet"), records.lock():
+            records.keep(lineage, self.address.name)
             client = self.client()
-            account = self._account(run, spec, dataset)
+            account = Account(self.address.name, records, run, spec, lineage)
             account.open(client, lambda: self._experiment_id(client))
             account.go_on(client)
+            return True
+        return False
 
     def run_id(self, run: Run, spec: Spec, dataset: Dataset, parent: str | None = None) -> str:
         """The id of the run's MLflow run at this address, created at the first call."""
-        with Records(run).lock():
+        records = Records(run)
+        with records.lock():
             client = self.client()
-            return self._account(run, spec, dataset).open(client, lambda: self._experiment_id(client), parent)
+            account = Account(self.address.name, records, run, spec, Lineage.of(dataset))
+            return account.open(client, lambda: self._experiment_id(client), parent)
 
     def shipping(self, run: Run, spec: Spec, dataset: Dataset, progress: Progress, driven: bool = True) -> Shipper:
         """A block in which the run is driven, while what it owes is sent beside it; or, not `driven`, one that
         waits for a while until what a finished run owes is sent.
         """
-        Records(run).keep(Lineage.of(dataset))
         return Shipper(self, run, spec, dataset, progress, driven)
 
     def ship(self, run: Run, spec: Spec, dataset: Dataset, status: str | None = None) -> None:
@@ -83,21 +90,27 @@ class Tracker:
         """
         try:
             owes = self.owes(run, spec, dataset, status)
-        except StorageError:  # told below, if it is still so
+        except Exception:  # told below, if it is still so
             owes = True
         if owes:
             with self.tolerant("metrics kept back"):
                 self.settle(run, spec, Lineage.of(dataset), status)
 
-    def settle(self, run: Run, spec: Spec, lineage: Lineage, status: str | None = None) -> int:
+    def settle(self, run: Run, spec: Spec, lineage: Lineage, status: str | None = None, lost: bool = False) -> int:
         """As `ship`, but a failure is raised, and the tracker is asked whether it still has the run. The number of
         steps whose rows were sent.
+
+        `lost` is for a run that nobody drives and that did not come to its end: it is KILLED, unless its driver told
+        otherwise.
         """
-        with Records(run).lock():
-            Records(run).keep(lineage)
+        records = Records(run)
+        with records.lock():
+            records.keep(lineage, self.address.name)
             client = self.client()
-            account = Account(self.address.uri, run, spec, lineage)
+            account = Account(self.address.name, records, run, spec, lineage)
             account.open(client, lambda: self._experiment_id(client))
+            if lost and account.record.status is None:
+                status = "KILLED"
             if account.owes(status):
                 return account.send(client, status)
             account.tidy(client)
@@ -105,15 +118,17 @@ class Tracker:
 
     def owes(self, run: Run, spec: Spec, dataset: Dataset, status: str | None = None) -> bool:
         """Whether there is anything to send, as far as is known here."""
-        return self._account(run, spec, dataset).owes(status) or not self.still_there()
+        account = Account(self.address.name, Records(run), run, spec, Lineage.of(dataset))
+        return account.owes(status) or not self.still_there()
 
-    def _account(self, run: Run, spec: Spec, dataset: Dataset) -> Account:
-        return Account(self.address.uri, run, spec, Lineage.of(dataset))
+    def catching_up(self, run: Run) -> str:
+        """The command that sends what the run owes, to this tracker among others."""
+        return shlex.join(["ddpm", "reconcile", run.name, "--storage", str(self._store)])
 
     def parent_run(self, name: str, tags: Mapping[str, str]) -> str:
         """A new MLflow run that others are children of; its id."""
         client = self.client()
-        return make_run(client, self._experiment_id(client), name, uuid.uuid4().hex, tags)
+        return make_run(client, self._experiment_id(client), name, uuid.uuid4().hex, tags).run_id
 
     def _experiment_id(self, client: Any) -> str:
         from mlflow.exceptions import MlflowException
@@ -208,7 +223,13 @@ class _Tolerant:
         if not isinstance(error, Exception):
             return False
         if not self._tracker._down:
-            silent = "the store" if isinstance(error, StorageError) else "MLflow"
-            warnings.warn(f"{silent} does not answer, {self._consequence}: {one_line(error)}", stacklevel=2)
+            warnings.warn(f"{_trouble(error)}{self._consequence}: {one_line(error)}", stacklevel=2)
             self._tracker._down = True
         return True
+
+
+def _trouble(error: Exception) -> str:
+    """Who does not answer, where it is that; the error itself says all else."""
+    if isinstance(error, StorageError):
+        return "the store does not answer, "
+    return "MLflow does not answer, " if is_of_mlflow(error) else ""

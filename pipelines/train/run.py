@@ -95,6 +95,10 @@ class Run:
             self.forget_asked()
             yield check_held
 
+    def is_driven(self) -> bool:
+        """Whether somebody drives the run, who is not disturbed by the look."""
+        return (self.place / "lock").is_held()
+
     @property
     def board(self) -> Place:
         """Where its driver and its workers leave each other what need not last: the picture of the moment, and what is
