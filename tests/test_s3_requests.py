@@ -56,6 +56,13 @@ def test_a_change_that_is_never_answered_is_cut_off(place: S3Place, proxy: Fault
     assert place.read() == b"2"
 
 
+def test_a_body_that_did_not_arrive_in_time_is_sent_again(place: S3Place, proxy: FaultyProxy) -> None:
+    proxy.methods, proxy.faults = frozenset({"PUT", "POST"}), ["400"]
+    place.write(b"1")
+    assert proxy.faults == []
+    assert place.read() == b"1"
+
+
 def test_a_key_says_nothing_of_a_fault(proxy: FaultyProxy) -> None:
     place = S3Place(BUCKET, "ACCESS_DENIED HTTP status 400/NO_SUCH_KEY", HASTE)
     place.write(b"1")

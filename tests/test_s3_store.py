@@ -314,6 +314,24 @@ def test_a_holder_who_was_cut_off_for_longer_than_the_lease_finds_it_taken(
             check()  # and it has not touched ours at its end
 
 
+def test_a_look_at_a_lease_tells_whether_it_is_held_and_takes_it_from_nobody(
+    root: S3Place, proxy: FaultyProxy, server: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = root / "lock"
+    assert not lock.is_held(QUICK)
+    with _holder(root) as holder:
+        assert lock.is_held(QUICK)
+        proxy.always = "refuse"
+        set_environment(monkeypatch, f"http://127.0.0.1:{server}")  # our way there is another
+        wait_until(lambda: not lock.is_held(QUICK))
+        proxy.calm()
+        wait_until(lambda: lock.is_held(QUICK))  # it came back, and drives on
+        assert holder.poll() is None
+    with lock.lock("run r", terms=QUICK):
+        pass
+    assert not lock.is_held(QUICK)
+
+
 def test_a_lease_outlives_a_storage_that_is_away_for_a_while(root: S3Place, proxy: FaultyProxy) -> None:
     with (root / "lock").lock("run r", terms=QUICK) as check:
         for fault in ("refuse", "500", "lost"):
@@ -321,7 +339,9 @@ def test_a_lease_outlives_a_storage_that_is_away_for_a_while(root: S3Place, prox
             wait_until(lambda before=before: proxy.faults == [] and proxy.seen["PUT"] > before + 1)
         # Longer than the lease, even, if nobody else asked for it meanwhile.
         proxy.always = "refuse"
-        time.sleep(1.2 * QUICK.lease)
+        with pytest.warns(UserWarning, match=r"run r: its lease could not be renewed for 2 s") as said:
+            time.sleep(2 * QUICK.lease)
+        assert len(said) == 1
         proxy.calm()
         wait_until(lambda: proxy.seen.get("PUT", 0) > 1)
         check()

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,35 @@ def test_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
     holder.start()
     assert ready.wait(30)
     lock = Place.of(tmp_path) / "lock"
+    assert lock.is_held()
     with pytest.raises(UserError, match=f"run r is being driven by process {holder.pid} "), lock.lock("run r"):
         pass
     holder.kill()
     holder.join()
+    assert not lock.is_held()
     with lock.lock("run r"):
         pass
+
+
+def test_looks_at_a_lock_refuse_nobody_who_takes_it(tmp_path: Path) -> None:
+    lock, over = Place.of(tmp_path) / "lock", threading.Event()
+    assert not lock.is_held()
+
+    def look() -> None:
+        while not over.is_set():
+            lock.is_held()
+
+    looking = [threading.Thread(target=look) for _ in range(4)]
+    for one in looking:
+        one.start()
+    try:
+        for _ in range(200):
+            with lock.lock("run r"):
+                pass
+    finally:
+        over.set()
+        for one in looking:
+            one.join()
 
 
 def test_unwritable_store_is_one_line(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_without_ray_nobody_asks() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.stdout == "None None\n"
-    assert f"{StorageError.__name__}: ray:s3://bucket/r/asked: nobody is there to tell it to" in ended.stderr
+    assert f"{StorageError.__name__}: ray:s3://bucket/r/asked-to-stop: nobody is there to tell it to" in ended.stderr
 
 
 # --- the product ---
