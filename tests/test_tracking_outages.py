@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from pipelines.tracking.reconcile import reconcile
 from pipelines.train.loop import train
 from pipelines.train.run import Run
 from tests.conftest import tiny_spec
-from tests.mlflow_server import Proxy, Server, history, mlflow_server, proxy_to
+from tests.mlflow_server import Proxy, Server, history, mlflow_server, proxy_to, wait_until
 
 SPEC: Spec = tiny_spec(train__log_every=3)
 ENDS = [3, 6, 9, 12, 15, 18, 20]
@@ -173,3 +174,20 @@ def test_reconcile_sends_what_is_owed_once_and_says_when_the_tracker_does_not_an
     assert steps_of(server, there.info.run_id) == ENDS
     (lineage,) = there.inputs.dataset_inputs
     assert dataset.digest.startswith(lineage.dataset.digest)
+
+
+def test_a_run_that_goes_on_while_the_tracker_is_down_is_running_there_when_it_answers(
+    run: Run, dataset: Dataset, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    mlflow = tracker(tmp_path, proxy.uri)
+    mlflow.ship(run, SPEC, dataset, "KILLED")
+    run_id = mlflow.run_id(run, SPEC, dataset)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        proxy.refuse = True
+        with mlflow.shipping(run, SPEC, dataset, Progress()):
+            wait_until(lambda: any("run not created yet" in str(one.message) for one in said), 60)
+            proxy.refuse = False
+            wait_until(lambda: mlflow.client().get_run(run_id).info.status == "RUNNING", 60)
+    assert mlflow.client().get_run(run_id).info.status == "FINISHED"

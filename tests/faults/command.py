@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import psutil
 import yaml
 
-from pipelines.store import TEMPORARY, Place
+from pipelines.store import MANIFEST, TEMPORARY, Place
 from pipelines.train.run import Run
 from tests.conftest import tiny_fields
 
@@ -29,6 +30,7 @@ LINGERS_SECONDS = 90.0
 the two agents look for their dead Ray for a minute."""
 _LOOK_SECONDS = 0.01
 _WRITE_LOOK_SECONDS = 0.0005
+_FAMILY_LOOK_SECONDS = 1.0
 
 T = TypeVar("T")
 
@@ -77,6 +79,7 @@ class Command:
         self._process: subprocess.Popen[bytes] | None = None
         self._run: Run | None = None
         self._family: set[psutil.Process] = set()
+        self._watching: threading.Thread | None = None
         self._log = store.with_name(f"{store.name}.log")
         self._told = 0
 
@@ -96,6 +99,14 @@ class Command:
                 stderr=log,
                 start_new_session=True,
             )
+        self._watching = threading.Thread(target=self._watch, args=(self._process,), daemon=True)
+        self._watching.start()
+
+    def _watch(self, process: "subprocess.Popen[bytes]") -> None:
+        """Know all that descends from a process, for when it has ended nobody can tell any more."""
+        while process.poll() is None:
+            self.family()
+            time.sleep(_FAMILY_LOOK_SECONDS)
 
     @property
     def _result(self) -> Path:
@@ -130,7 +141,7 @@ class Command:
         if self._process is not None:
             with suppress(psutil.NoSuchProcess):
                 process = psutil.Process(self._process.pid)
-                self._family |= {process, *process.children(recursive=True)}
+                self._family = self._family | {process, *process.children(recursive=True)}  # a thread does so, too
         return self._family
 
     def kill(self) -> None:
@@ -186,10 +197,18 @@ class Command:
 
         return wait_for(there, f"step {step} of an attempt after {after_attempt}", self)
 
-    def reach_write(self) -> None:
-        """Wait until a checkpoint is being written."""
+    def reach_write(self) -> Path:
+        """Wait until a checkpoint is being written that is not yet at the call; its folder until it is whole."""
+        folder = self.run.checkpoints.place.path
+        known = set(_folders(folder).values())
         end = time.monotonic() + PATIENCE_SECONDS
-        while not self.half_written():
+        while True:
+            for name, number in _folders(folder).items():
+                # One that is being removed is the folder that it was before, under another name.
+                if number not in known and name.startswith(TEMPORARY) and not (folder / name / MANIFEST).exists():
+                    return folder / name
+                if not name.startswith(TEMPORARY):
+                    known.add(number)
             assert time.monotonic() < end, "no checkpoint was written"
             assert self.process.poll() is None, self.said()
             time.sleep(_WRITE_LOOK_SECONDS)
@@ -235,6 +254,14 @@ class Command:
             return None
 
         return wait_for(found, "the controller", self)
+
+
+def _folders(folder: Path) -> dict[str, int]:
+    """What is in a folder, by name, with what stays the same when it is renamed."""
+    try:
+        return {entry.name: entry.inode() for entry in os.scandir(folder)}
+    except FileNotFoundError:  # before the first
+        return {}
 
 
 @contextmanager

@@ -53,6 +53,7 @@ def undisturbed(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with command(spec, tmp_path_factory.mktemp("undisturbed") / "store") as whole:
         whole.start()
         assert whole.finish().result["attempts"] == 1
+        assert len(whole.family()) > 1, "nothing of what it started was seen, and so nothing proves that it is gone"
         yield whole
 
 

@@ -48,5 +48,5 @@ def tracked(of: Command) -> dict[str, dict[int, float]]:
             exact[name] = values
         else:
             assert set(values) <= set(rows)
-    assert set(exact["loss"]) == set(rows)
+    assert set(exact) == {name for row in rows.values() for name in row}, "each exact name of the journal"
     return exact

@@ -52,7 +52,8 @@ def worker(workers: int, moments: random.Random) -> Deed:
 
     def deed(of: Command, moment: Moment) -> bool:
         a_while(moments, 0.3)
-        return _killed(of.worker(moment.attempt, moments.randrange(workers)))
+        rank = moments.randrange(workers)
+        return _killed(lambda: of.worker(moment.attempt, rank))
 
     return deed
 
@@ -62,7 +63,7 @@ def controller(moments: random.Random) -> Deed:
 
     def deed(of: Command, moment: Moment) -> bool:
         a_while(moments, 0.3)
-        return _killed(of.controller())
+        return _killed(of.controller)
 
     return deed
 
@@ -86,18 +87,18 @@ def writer(moments: random.Random) -> Deed:
     def deed(of: Command, moment: Moment) -> bool:
         rank_0 = of.worker(moment.attempt, 0)
         kept = of.kept()
-        of.reach_write()
+        written = of.reach_write()
         a_while(moments, WRITE_SECONDS)
-        if not _killed(rank_0):
-            return False
-        return of.kept() == kept and bool(of.half_written())
+        # What is left then lies there until the next driver begins.
+        return _killed(lambda: rank_0) and written.exists() and of.kept() == kept
 
     return deed
 
 
-def _killed(process: psutil.Process) -> bool:
+def _killed(find: Callable[[], psutil.Process]) -> bool:
+    """Whether what is to be found was alive yet."""
     try:
-        end_by(signal.SIGKILL, process)
+        end_by(signal.SIGKILL, find())
     except psutil.NoSuchProcess:
         return False
     return True

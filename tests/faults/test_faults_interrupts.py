@@ -8,12 +8,14 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.command import LINGERS_SECONDS, Command, a_while, assert_gone, wait_for
+from tests.faults.command import Command, a_while, assert_gone, wait_for
 from tests.faults.conftest import STEPS, Tell
 from tests.faults.evidence import assert_same_bits
 
 SECONDS = 20.0
 """In which an interrupted command ends."""
+AT_ONCE_SECONDS = 10.0
+"""In which one ends that is interrupted twice, on a machine that does other things beside: Ray is put away, no more."""
 
 
 def before_ray(of: Command, moments: random.Random) -> None:
@@ -92,6 +94,6 @@ def test_two_interrupts_end_it_at_once(disturbed: Command, moments: random.Rando
     family = disturbed.family()
     disturbed.process.send_signal(signal.SIGINT)
     disturbed.process.send_signal(signal.SIGINT)
-    ended = disturbed.end(LINGERS_SECONDS)
+    ended = disturbed.end(AT_ONCE_SECONDS)
     assert ended.code == 130, ended.said
     assert_gone(family)

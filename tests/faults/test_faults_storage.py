@@ -93,10 +93,11 @@ def test_an_interrupt_while_the_storage_is_full_keeps_the_older_checkpoint(
 ) -> None:
     confined.start()
     confined.reach(moments.randint(20, STEPS // 3))
+    wait_for(confined.kept, "the first checkpoint", confined)
     filler = fill(small)
     a_while(moments, 2.0)
     confined.process.send_signal(signal.SIGINT)
-    ended = confined.end(25)
+    ended = confined.end(20)
     assert ended.code == 130, ended.said
     assert f"keeps step {confined.kept():,}" in ended.said
     filler.unlink()
