@@ -222,6 +222,7 @@ def _shortened(spec: Spec, steps: int, workers: int) -> Spec:
         "workers": workers,
         "checkpoint_every": max(2, steps // _INTERVALS),
         "log_every": 1,
+        "keep_best": False,
         **dict.fromkeys(("checkpoint_minutes", "budget_minutes", "plateau", "score")),
     }
     return spec.model_copy(update={"train": spec.train.model_copy(update=changes)})

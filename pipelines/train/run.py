@@ -227,6 +227,9 @@ def check_trainable(spec: Spec, dataset: Dataset) -> None:
         check_initial(spec)
     if not len(dataset.split("train")):
         raise UserError("data.held_out: no image is left for training, lower it or add images")
+    score, held_out = spec.train.score, len(dataset.split("held-out"))
+    if score is not None and score.every_images is not None and held_out < 2:
+        raise UserError(f"train.score: it needs 2 held-out images, {dataset.place} has {held_out}: raise data.held_out")
     if (classes := spec.model.classes) is None:
         return
     if classes != len(dataset.classes) or dataset.card["splits"]["train"]["unlabelled"]:
