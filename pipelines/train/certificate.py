@@ -154,6 +154,7 @@ class _Disturbance:
                 over.set()
 
         self.disturbed.forget_asked()
+        self.disturbed.forget_failure()
         before = self.disturbed.newest_attempt()
         threading.Thread(target=work, name="ray-train", daemon=True).start()
         killed = kill_at is None

@@ -150,11 +150,15 @@ def _worker(config: dict[str, Any], at_checkpoint: Hook | None) -> dict[str, Any
     world = _world(config["spec"]["train"]["slots"])
     if world is None:
         return {"failed": None, "why": None}
+    run = Run(Place.of(config["run"]))
+    if (known := run.failure()) is not None:
+        return {"failed": known, "why": None}
     try:
         outcome = train_from_config(config, world, at_checkpoint)
     except (Diverged, ValueError) as error:
         if world.size > 1 and not isinstance(error, Diverged):
-            raise  # one rank's own: the others wait for it
+            run.note_failure(str(error))
+            raise  # one rank's own, for which the others wait
         # Not raised: Ray would start the group again, which would meet the same bits again.
         return {"failed": str(error), "why": None}
     return {"failed": None, "why": outcome.why}

@@ -32,6 +32,7 @@ Ask = Literal["checkpoint", "stop"]
 
 _LIVE = "live.json"
 _ASKED: dict[Ask, str] = {"stop": "asked-to-stop", "checkpoint": "asked-for-checkpoint"}
+_FAILURE = "failure.json"
 _RUNS_NAMED = 5
 
 
@@ -117,6 +118,18 @@ class Run:
         """What was asked is done, or was asked of an earlier driver's workers."""
         for name in _ASKED.values():
             (self.board / name).delete()
+
+    def note_failure(self, told: str) -> None:
+        """Say why a rank ended that others cannot know of: who takes its place would meet the same again."""
+        (self.place / _FAILURE).write_json({"told": told})
+
+    def failure(self) -> str | None:
+        """What a rank of this drive ended by."""
+        return (self.place / _FAILURE).read_json()["told"] if (self.place / _FAILURE).exists() else None
+
+    def forget_failure(self) -> None:
+        """It was of an earlier drive: what it met may be mended."""
+        (self.place / _FAILURE).delete()
 
     def claim_attempt(self) -> int:
         """A number higher than every earlier attempt's."""

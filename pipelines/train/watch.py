@@ -58,6 +58,7 @@ class Watch:
         """Train to the end; what ended the run before `train.images`, if anything did."""
         self._run.forget_live()
         self._run.forget_asked()
+        self._run.forget_failure()
         attempt = self._run.newest_attempt()
         threading.Thread(target=self._fit, name="ray-train", daemon=True).start()
         try:
