@@ -32,6 +32,8 @@ Figures = Mapping[str, float]
 _Snapshot = tuple[int, Mapping[float, Mapping[str, Tensor]]]  # of a step, by sigma_rel
 
 _LIVE_SECONDS = 0.5
+_PATIENCE_SECONDS = 30.0
+"""For a checkpoint that is being written when the next is due: well below that of ranks with each other."""
 _LAST_ATTEMPTS = 6
 _LAST_PAUSE_SECONDS = 0.5  # then twice as long each time: some 16 s in all
 
@@ -159,10 +161,11 @@ class _Writer:
         """What the storage says, where it does not take what it is given."""
 
     def write(self, checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
-        """Each is waited for in turn, until the storage does not take one: then nobody knows how long it would be
-        waited for, and the newest takes the place of the one that is tried still, unless that one is to be scored."""
+        """Each is waited for in turn, but not for long, for then other ranks would wait for this one: where the storage
+        does not take it, the newest takes the place of the one that is tried still, unless that one is to be scored.
+        """
         if self.trouble is None or self._error is not None:
-            self.wait()
+            self._wait_a_little()
         with self._changing:
             unwritten: list[Row] = []
             if self._left and self._left[-1][0].step not in self._scored:
@@ -187,6 +190,15 @@ class _Writer:
         with self._changing:
             self.scores.append((score, grid))
         self._start()
+
+    def _wait_a_little(self) -> None:
+        if self._thread is not None:
+            self._thread.join(_PATIENCE_SECONDS)
+            if self._thread.is_alive() and self._left:
+                step = self._left[0][0].step
+                self.trouble = f"checkpoint {step} is not written after {_PATIENCE_SECONDS:g} s (the storage is slow)"
+                return
+        self.wait()
 
     def wait(self) -> None:
         if self._thread is not None:
