@@ -74,6 +74,10 @@ class Cluster:
         """CPUs of the whole cluster."""
         return int(self.resource("CPU"))
 
+    def hosts(self) -> int:
+        """Hosts of the cluster."""
+        return sum(bool(node["Alive"]) for node in self.connect().nodes())
+
     def draining(self) -> set[str]:
         """Hosts of the cluster that are about to leave it, by their ids: preempted, say, or being replaced."""
         self.connect()

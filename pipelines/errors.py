@@ -17,6 +17,10 @@ class Failed(RuntimeError):
     """The work itself went wrong in a way that is known: one line that says what and what to try (exit code 1)."""
 
 
+class Diverged(Failed):
+    """A training's numbers are not finite any more: all ranks know it, and going back would meet the same bits."""
+
+
 class Refused(RuntimeError):
     """A gate said no (exit code 3)."""
 

@@ -196,8 +196,9 @@ def resolve_paths(spec: Spec) -> Spec:
         changes["data"] = spec.data.model_copy(update=data)
     if spec.storage is not None and "://" not in spec.storage:
         changes["storage"] = absolute(spec.storage)
-    if spec.train.init_from is not None and not is_registered(spec.train.init_from):
-        changes["train"] = spec.train.model_copy(update={"init_from": absolute(spec.train.init_from)})
+    first = spec.train.init_from
+    if first is not None and "://" not in first and not is_registered(first):
+        changes["train"] = spec.train.model_copy(update={"init_from": absolute(first)})
     if spec.tracking.uri is not None:
         changes["tracking"] = spec.tracking.model_copy(update={"uri": absolute_uri(spec.tracking.uri)})
     return spec.model_copy(update=changes)

@@ -105,8 +105,12 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
 def _check_comparable(trial: Spec) -> None:
     """UserError where a trial could end early, or have another number of workers than was made room for."""
     train = trial.train
-    ends = {"train.budget_minutes": train.budget_minutes, "train.plateau": train.plateau}
-    if given := next((name for name, value in ends.items() if value is not None), None):
+    other = {
+        "train.budget_minutes": train.budget_minutes,
+        "train.plateau": train.plateau,
+        "train.keep_best": train.keep_best,
+    }
+    if given := next((name for name, value in other.items() if value), None):
         raise UserError(f"{given}: trials are compared at as many images: leave it out; there is sweep.early_stop")
     if train.least_workers != train.most_workers:
         raise UserError("train.workers: a trial has a fixed number of them, give one number")

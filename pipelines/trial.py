@@ -43,12 +43,13 @@ def run_trial(config: Mapping[str, Any]) -> None:
 
 
 def _train(spec: Spec, dataset: Dataset, run: Run) -> None:
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"score": None})})  # it reports its own
     if spec.train.most_workers == 1:
-        train(spec, dataset, run, at_checkpoint=_report, scores=False)
+        train(spec, dataset, run, at_checkpoint=_report)
     else:
         from ray.tune.integration.ray_train import TuneReportCallback
 
-        fit(spec, dataset, run, callbacks=[TuneReportCallback()], at_checkpoint=_report_from_worker, scores=False)
+        fit(spec, dataset, run, callbacks=[TuneReportCallback()], at_checkpoint=_report_from_worker)
 
 
 def _report(trainer: Trainer) -> None:

@@ -61,6 +61,11 @@ def _of_training(train: Train, model: Model) -> list[str]:
                 f"train.workers: {workers} do not divide train.slots = {train.slots}: {idle} of them would "
                 "have nothing to do"
             )
+    total = train.total_steps * train.global_batch
+    if train.score is not None and (train.score.every_images or 0) > total:
+        lines.append(f"train.score.every_images: no score is taken, the run ends at {total} images")
+    if train.plateau is not None and train.plateau.patience_images >= total:
+        lines.append(f"train.plateau: has no effect, the run ends at {total} images")
     if train.keep_every is not None and train.keep_every % train.checkpoint_every:
         both = math.lcm(train.keep_every, train.checkpoint_every)
         lines.append(

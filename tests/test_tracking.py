@@ -183,6 +183,7 @@ def score(step: int, bits: float) -> HeldOutScore:
         error=(0.5, None),
         log_snr=(9.0, 0.0, None),
         scored=64,
+        asked=(64, 8),
         seconds=1.0,
         time_ms=1_700_000_000_000 + step,
     )

@@ -10,6 +10,7 @@ _SNAPSHOTS = 16
 """Of the power-function averages of a run, by default: of two widths, an average of one between them is then made to
 within 1 %."""
 _MOST_SNAPSHOTS = 256
+_MOST_SCORES = 10_000
 
 
 class Uniform(Section):
@@ -52,7 +53,7 @@ class Plateau(Section):
     patience_images: PositiveInt
     """Images without a gain after which the run ends, with what it is then."""
     least_gain: Annotated[float, Field(ge=0)] = 0.0
-    """Bits/dim below the best by which a score must lie to count as a gain."""
+    """A score counts as a gain if it lies more than so many bits/dim below the best."""
 
 
 def _checked_workers(value: Any) -> Any:
@@ -144,10 +145,16 @@ class Train(Section):
         needs = "train.plateau" if self.plateau is not None else "train.keep_best" if self.keep_best else None
         if needs is not None and self.score is None:
             raise ValueError(f"{needs}: it needs train.score, which is off")
-        if self.plateau is not None and self.score is not None and self.score.every_images is None:
-            raise ValueError(
-                "train.score.every_images: train.plateau needs it, or the clock would decide where a run ends"
-            )
+        if needs is not None and self.score is not None and self.score.every_images is None:
+            raise ValueError(f"train.score.every_images: {needs} needs it, or the clock would decide")
+        if self.score is not None and self.score.every_images is not None:
+            batch = self.global_batch
+            count = self.total_steps * batch // max(batch, self.score.every_images)
+            if count > _MOST_SCORES:
+                raise ValueError(
+                    f"train.score.every_images: {self.score.every_images} images make {count:,} scores, more than "
+                    f"{_MOST_SCORES:,}; raise it"
+                )
         if self.plateau is not None and self.decay == "cosine":
             raise ValueError("train.plateau: with train.decay cosine the score is best at the end: use decay constant")
         return self
@@ -185,7 +192,9 @@ class Train(Section):
         if self.score is None or self.score.every_images is None:
             return []
         batch, every = self.global_batch, self.score.every_images
-        return sorted({-(-k * every // batch) for k in range(1, last * batch // every + 1)})
+        if every <= batch:
+            return list(range(1, last + 1))
+        return [-(-k * every // batch) for k in range(1, last * batch // every + 1)]
 
     def snapshot_steps(self, last: int) -> list[int]:
         """The steps up to `last` after which a snapshot of `ema_profiles` is kept, rising: on the clock of images, so

@@ -1,8 +1,8 @@
 """Held-out scores beside training: a Ray task takes them, of committed checkpoints, where the cluster has room for it.
 
 On a cluster, hosts that offer the resource `ddpm_scoring` are for it: a resource of its own neither takes the workers'
-CPUs nor misleads Ray, which counts all CPUs of the cluster when it looks for more workers. A group of fixed size also
-leaves a task the CPUs that it does not use itself. Where there is neither, the ranks pause and share the work.
+CPUs nor misleads Ray, which counts all CPUs of the cluster when it looks for more workers. On a single host, a group of
+fixed size also leaves a task the CPUs that it does not use itself. Else the ranks pause and share the work.
 """
 
 import time
@@ -17,13 +17,16 @@ from pipelines.progress import Progress
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import DamageError, Place
 from pipelines.train.checkpoint import EMA
-from pipelines.train.group import START_SECONDS, on_gpu, worker_environment, workers_needed
+from pipelines.train.end import awaited_scores
+from pipelines.train.group import on_gpu, worker_environment, workers_needed
 from pipelines.train.run import Run
 
 RESOURCE = "ddpm_scoring"
 _PAUSE_SECONDS = 30.0
 """Between scores, where no interval is given: each begins a process."""
 _ATTEMPTS = 3
+_LOOK_SECONDS = 0.25
+_PATIENCE_SECONDS = 900.0
 
 
 class ScoresBeside:
@@ -34,6 +37,8 @@ class ScoresBeside:
         self._task: Any = None
         self._step = 0
         self._begun = time.monotonic()
+        self._waits = False
+        """Whether it was said that a task waits."""
         self._failures: dict[int, int] = {}
 
     @staticmethod
@@ -44,10 +49,10 @@ class ScoresBeside:
         train = spec.train
         if train.score is None or len(dataset.split("held-out")) < 2:
             return None
-        fixed = train.least_workers == train.most_workers
+        alone = train.least_workers == train.most_workers and not on_gpu(spec) and cluster.hosts() == 1
         if cluster.resource(RESOURCE) >= 1:
             options: dict[str, Any] = {"num_cpus": 0, "resources": {RESOURCE: 1}}
-        elif fixed and not on_gpu(spec) and cluster.cpus() >= (workers_needed(spec) + 1) * train.threads:
+        elif alone and cluster.cpus() >= (workers_needed(spec) + 1) * train.threads:
             options = {"num_cpus": train.threads}
         else:
             return None
@@ -76,18 +81,16 @@ class ScoresBeside:
 
     def finish(self) -> None:
         """Wait for the scores that are due by an interval. Failed where they cannot be had."""
-        last = max(self._run.checkpoints.steps(), default=0)
         heard = time.monotonic()
-        while due := [step for step in self._due() if step <= last]:
-            before = len(due)
-            self.look()
-            time.sleep(0.25)
-            if len([step for step in self._due() if step <= last]) < before:
+        while due := self._due():
+            if self.look():
                 heard = time.monotonic()
-            if time.monotonic() - heard > START_SECONDS:
+            time.sleep(_LOOK_SECONDS)
+            if time.monotonic() - heard > _PATIENCE_SECONDS:
                 raise Failed(
                     f"run {self._run.name}: the held-out score of step {due[0]:,} was not taken within "
-                    f"{START_SECONDS} s, for a task with {self._asked()}; the same command goes on with it"
+                    f"{_PATIENCE_SECONDS / 60:g} minutes, by a task with "
+                    f"{self._asked()}; the same command goes on with it"
                 )
 
     def cancel(self) -> None:
@@ -102,36 +105,46 @@ class ScoresBeside:
         import ray
 
         if not ray.wait([self._task], timeout=0)[0]:
+            if not self._waits and time.monotonic() - self._begun > _PATIENCE_SECONDS:
+                self._waits = True
+                self._progress.say(
+                    f"warning: a held-out score has been waiting for {_PATIENCE_SECONDS / 60:g} minutes, "
+                    f"for a task with {self._asked()}; training goes on"
+                )
             return False
         task, self._task = self._task, None
         try:
             ray.get(task)
         except Exception as error:
-            failures = self._failures[self._step] = self._failures.get(self._step, 0) + 1
-            if failures == _ATTEMPTS:
-                told = f"the held-out score of step {self._step:,} could not be taken ({one_line(error)})"
-                if self._is_due_by_interval(self._step):
-                    raise Failed(f"run {self._run.name}: {told}") from None
-                self._progress.say(f"warning: {told}; training goes on")
+            damaged = isinstance(getattr(error, "cause", error), DamageError)
+            self._failures[self._step] = _ATTEMPTS if damaged else self._failures.get(self._step, 0) + 1
+            if self._failures[self._step] >= _ATTEMPTS:
+                self._give_up(f"the held-out score of step {self._step:,} could not be taken ({one_line(error)})")
         return True
 
+    def _give_up(self, told: str) -> None:
+        if self._spec.train.plateau is None:
+            self._progress.say(f"warning: {told}; training goes on")
+            return
+        raise Failed(
+            f"run {self._run.name}: {told}, by which train.plateau ends it; if its checkpoint is damaged, delete it "
+            "and those after it, and the same command goes on from the one before"
+        )
+
     def _next(self) -> int | None:
+        """The step to be scored now."""
         if self._spec.train.scored_steps(self._spec.train.total_steps):
             return next(iter(self._due()), None)
         if time.monotonic() - self._begun < _PAUSE_SECONDS:
             return None
-        done = self._run.scores.steps()
+        done = {score.step for score in self._run.scores.taken(self._spec.train)}
         newest = max(self._run.checkpoints.steps(), default=0)
-        return newest if newest and newest not in done and self._failures.get(newest, 0) < _ATTEMPTS else None
+        return newest if newest and newest not in done and newest not in self._failures else None
 
     def _due(self) -> list[int]:
-        """Steps to be scored by the spec's interval whose checkpoint is there and whose score is not."""
-        done, there = set(self._run.scores.steps()), set(self._run.checkpoints.steps())
-        train = self._spec.train
-        return [step for step in train.scored_steps(train.total_steps) if step in there and step not in done]
-
-    def _is_due_by_interval(self, step: int) -> bool:
-        return step in self._spec.train.scored_steps(step)
+        """Steps to be scored by the spec's interval, and not given up."""
+        awaited = awaited_scores(self._run, self._spec.train)
+        return [step for step in awaited if self._failures.get(step, 0) < _ATTEMPTS]
 
     def _asked(self) -> str:
         resources = self._options.get("resources", {})

@@ -154,6 +154,7 @@ class _Disturbance:
                 over.set()
 
         self.disturbed.forget_asked()
+        self.disturbed.forget_failure()
         before = self.disturbed.newest_attempt()
         threading.Thread(target=work, name="ray-train", daemon=True).start()
         killed = kill_at is None
@@ -222,6 +223,7 @@ def _shortened(spec: Spec, steps: int, workers: int) -> Spec:
         "workers": workers,
         "checkpoint_every": max(2, steps // _INTERVALS),
         "log_every": 1,
+        "keep_best": False,
         **dict.fromkeys(("checkpoint_minutes", "budget_minutes", "plateau", "score")),
     }
     return spec.model_copy(update={"train": spec.train.model_copy(update=changes)})

@@ -87,6 +87,8 @@ class Checkpoints:
             STATE: (json.dumps(state, indent=2, sort_keys=True) + "\n").encode(),
         }
         self.at(checkpoint.step).commit_folder(files)
+        if checkpoint.skipped_in_a_row:
+            return  # it may be past help: the last good one must not make room for it
         # Only what this one supersedes: a later one that was passed over as damaged is not a reason to lose it.
         pinned = set((self.place / _PINS).list())
         for step in [step for step in self.steps() if step <= checkpoint.step][:-keep]:

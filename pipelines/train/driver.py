@@ -1,5 +1,6 @@
 """Drives a training run from wherever it is to its end, and says what there is to say of it."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,14 @@ from pipelines.data.damage import Damage
 from pipelines.data.manifest import Dataset
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
+from pipelines.files import StorageError
 from pipelines.progress import Progress, counted
 from pipelines.spec import Spec
 from pipelines.store import DamageError, Place
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA, MODEL
-from pipelines.train.end import End, Why, known_end, last_step, plateau_end, record_end
-from pipelines.train.group import workers_needed
+from pipelines.train.end import End, Why, awaited_scores, known_end, last_step, lost_scores, plateau_end, record_end
+from pipelines.train.group import on_gpu, workers_needed
 from pipelines.train.run import Run, environment
 from pipelines.train.watch import Watch
 
@@ -60,7 +62,8 @@ def train(
         # Workers look again; here, a damaged one is named where the user reads it.
         if (step := run.checkpoints.latest_step()) is not None:
             progress.say(f"run {run.name} goes on from step {step:,}")
-            _say_what_changed(run.checkpoints.environment(step), progress)
+            cluster.connect()
+            _say_what_changed(run.checkpoints.environment(step), "cuda" if on_gpu(spec) else "cpu", progress)
             _say_what_was_damaged(run, dataset, progress)
         _check_resources(spec, cluster)
         with tracker.shipping(run, spec, dataset, progress):
@@ -69,9 +72,11 @@ def train(
                 watch = Watch(spec, dataset, run, cluster, progress, check_held)
                 why = None if _is_at_its_plateau(run, spec) else watch.run()
             except KeyboardInterrupt:
-                step = run.checkpoints.latest_step()
-                kept = f"keeps step {step:,}, the same command goes on from there" if step else "had no checkpoint yet"
-                progress.say(f"run {run.name} {kept}")
+                with contextlib.suppress(StorageError):  # an interrupt is one, wherever the storage is
+                    step = run.checkpoints.latest_step()
+                    on = "the same command goes on from there"
+                    kept = f"keeps step {step:,}, {on}" if step else "had no checkpoint yet"
+                    progress.say(f"run {run.name} {kept}")
                 raise
             _record_end(run, spec, why, progress)
     done = trained(run, spec)
@@ -85,7 +90,7 @@ def train(
 def trained(run: Run, spec: Spec) -> Trained | None:
     """What a finished run made, or None while it is not finished."""
     step = last_step(run, spec.train)
-    if not run.checkpoints.verifies(step):
+    if not run.checkpoints.verifies(step) or awaited_scores(run, spec.train):
         return None
     digests = run.checkpoints.digests(step)
     return Trained(
@@ -101,7 +106,12 @@ def trained(run: Run, spec: Spec) -> Trained | None:
 
 
 def _check_not_past_its_end(run: Run, spec: Spec) -> None:
-    """UserError where the scores so far end the run at a step that it went past, and of which it keeps nothing."""
+    """UserError where the run went past its end, or past a step whose score the end depends on, and keeps neither."""
+    if spec.train.plateau is not None and (lost := lost_scores(run, spec.train)):
+        raise UserError(
+            f"train.plateau: it needs the score of run {run.name} at {lost[0] * spec.train.global_batch:,} images, "
+            "where neither it nor a checkpoint is kept any more; train without it, or change the seed"
+        )
     end, steps = plateau_end(run, spec.train), run.checkpoints.steps()
     if end is None or not steps or end.step not in range(1, steps[-1]) or run.checkpoints.verifies(end.step):
         return
@@ -125,9 +135,10 @@ def _record_end(run: Run, spec: Spec, why: Why | None, progress: Progress) -> No
         progress.say(f"run {run.name} {end.told(spec.train)}")
 
 
-def _say_what_changed(then: Mapping[str, Any], progress: Progress) -> None:
+def _say_what_changed(then: Mapping[str, Any], device: str, progress: Progress) -> None:
     """One line where the run goes on in surroundings on which its bits may depend."""
-    now = environment()
+    now = {**environment(), "device": device}
+    then = {"device": "cpu", **then}  # of a time when there was no other
     changed = [f"{name} {then.get(name)} is {now[name]} now" for name in now if then.get(name) != now[name]]
     if changed:
         progress.say(f"warning: the bits may differ from an unbroken run's: {', '.join(changed)}")
@@ -172,7 +183,7 @@ def _check_resources(spec: Spec, cluster: Cluster) -> None:
             f"train.workers: {counted(workers, 'worker')} of {counted(spec.train.threads, 'thread')} need "
             f"{counted(cores, 'CPU')}, the cluster has {have}: lower it, or set train.oversubscribe for a test"
         )
-    for resource, each in spec.train.resources.items():
+    for resource, each in {**({"GPU": 1.0} if on_gpu(spec) else {}), **spec.train.resources}.items():
         need, there = workers * each, cluster.resource(resource)
         if need > there:
             raise UserError(

@@ -4,7 +4,7 @@ What a limit came to is recorded in images, with the limit: under the same one t
 goes on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,38 +75,63 @@ def last_step(run: Run, train: Train) -> int:
     return train.total_steps if end is None else end.step
 
 
-def plateau_end(run: Run, train: Train, unsaved: Sequence[HeldOutScore] = ()) -> End | None:
-    """The end that the scores so far come to: those of the run's folder, and others that are still to get there."""
+def plateau_end(run: Run, train: Train) -> End | None:
+    """The end that the scores so far come to."""
+    return None if train.plateau is None else end_of(run.scores.taken(train), train)
+
+
+def end_of(scores: Iterable[HeldOutScore], train: Train) -> End | None:
+    """The end that such scores of a run come to, of those that are taken at the spec's interval."""
     if train.plateau is None:
         return None
     wanted = set(train.scored_steps(train.total_steps))
-    scores = [score for score in [*run.scores.all(train.total_steps), *unsaved] if score.step in wanted]
-    step = patience_ran_out(scores, train.plateau)
+    step = patience_ran_out([score for score in scores if score.step in wanted], train.plateau)
     return None if step is None else End(step, "plateau")
+
+
+def awaited_scores(run: Run, train: Train) -> list[int]:
+    """Steps of the spec's interval, up to the run's newest checkpoint and its end, whose score is not taken though
+    their checkpoint is there; rising.
+    """
+    there = set(run.checkpoints.steps())
+    wanted = [step for step in train.scored_steps(max(there, default=0)) if step in there]
+    if not wanted:
+        return []
+    done, end = {score.step for score in run.scores.taken(train)}, last_step(run, train)
+    return [step for step in wanted if step not in done and step <= end]
+
+
+def lost_scores(run: Run, train: Train) -> list[int]:
+    """Steps of the spec's interval that the run went past, and of which it has neither a score nor a checkpoint."""
+    there = run.checkpoints.steps()
+    done = {score.step for score in run.scores.taken(train)} | set(there)
+    return [step for step in train.scored_steps(max(there, default=0)) if step not in done]
 
 
 def settled_step(run: Run, train: Train) -> int | None:
     """The step up to which no score that is still to come can end the run; None for all of them."""
     if train.plateau is None:
         return None
-    done = set(run.scores.steps())
-    waiting = [step for step in train.scored_steps(train.total_steps) if step not in done]
-    return waiting[0] if waiting else train.total_steps
+    newest = max(run.checkpoints.steps(), default=0)
+    to_come = [step for step in train.scored_steps(train.total_steps) if step > newest]
+    return min([*awaited_scores(run, train), *to_come, train.total_steps])
 
 
 def kept_for_scores(run: Run, train: Train) -> set[int]:
     """Steps whose checkpoints are still needed: those to be scored, the newest scored one, which may turn out to be the
-    run's end, and the best, where it is to be kept.
+    run's end, that end, and the best, where it is to be kept.
     """
-    scored = run.scores.steps()
-    kept = {step for step in train.scored_steps(train.total_steps) if step not in scored}
-    if train.plateau is not None:
-        kept.update(scored[-1:])
-    if train.keep_best and (top := best(_of_kept(run))) is not None:
+    wanted = train.scored_steps(train.total_steps)
+    if not wanted:
+        return set()
+    scores = run.scores.taken(train)
+    done = {score.step for score in scores}
+    kept = {step for step in wanted if step not in done}
+    if (end := end_of(scores, train)) is not None:
+        kept.add(end.step)
+    if train.plateau is not None and done:
+        kept.add(max(done))
+    there = set(run.checkpoints.steps())
+    if train.keep_best and (top := best(score for score in scores if score.step in there)) is not None:
         kept.add(top.step)
     return kept
-
-
-def _of_kept(run: Run) -> list[HeldOutScore]:
-    there = set(run.checkpoints.steps())
-    return [score for score in run.scores.all() if score.step in there]

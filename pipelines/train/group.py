@@ -7,21 +7,19 @@ from typing import Any
 
 from pipelines.data.manifest import Dataset
 from pipelines.data.order import owners
-from pipelines.errors import Failed, one_line
+from pipelines.errors import Diverged, Failed, one_line
 from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.train.end import Why
 from pipelines.train.loop import Hook, train_from_config
 from pipelines.train.run import Run
-from pipelines.train.world import World
+from pipelines.train.world import PATIENCE, World
 
 _WORKER_FAILURES = 5
 _CONTROLLER_FAILURES = 2
 START_SECONDS = 180
 """How long a group is waited for that does not find its resources."""
 _RESIZE_SECONDS = 10
-COLLECTIVE_SECONDS = 120
-"""How long ranks wait for one that does not answer."""
 
 
 def fit_through_deaths(
@@ -75,11 +73,11 @@ def fit(
     trainer = TorchTrainer(
         functools.partial(_worker, at_checkpoint=at_checkpoint),
         train_loop_config=config,
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
+        torch_config=TorchConfig(timeout_s=int(PATIENCE.total_seconds())),
         scaling_config=ScalingConfig(
             num_workers=(least, most) if elastic else workers_needed(spec),
             use_gpu=on_gpu(spec),
-            resources_per_worker={"CPU": _cpus(spec), **spec.train.resources},
+            resources_per_worker=needs(spec),
             **({"elastic_resize_monitor_interval_s": _RESIZE_SECONDS} if elastic else {}),
         ),
         run_config=RunConfig(
@@ -104,10 +102,18 @@ def fit(
 
 
 def on_gpu(spec: Spec) -> bool:
-    """Whether the workers compute on GPUs: where the spec asks for them, or the cluster has one for each worker."""
+    """Whether the workers compute on GPUs: where the spec asks for them, or the cluster has any. However many the
+    workers are, for another device gives other bits.
+    """
     import ray
 
-    return "GPU" in spec.train.resources or ray.cluster_resources().get("GPU", 0) >= spec.train.least_workers
+    return "GPU" in spec.train.resources or ray.cluster_resources().get("GPU", 0) > 0
+
+
+def needs(spec: Spec) -> dict[str, float]:
+    """What a worker asks of the cluster."""
+    gpu = {"GPU": 1.0} if on_gpu(spec) else {}
+    return {"CPU": _cpus(spec), **gpu, **spec.train.resources}
 
 
 def _cpus(spec: Spec) -> float:
@@ -144,9 +150,15 @@ def _worker(config: dict[str, Any], at_checkpoint: Hook | None) -> dict[str, Any
     world = _world(config["spec"]["train"]["slots"])
     if world is None:
         return {"failed": None, "why": None}
+    run = Run(Place.of(config["run"]))
+    if (known := run.failure()) is not None:
+        return {"failed": known, "why": None}
     try:
         outcome = train_from_config(config, world, at_checkpoint)
-    except (Failed, ValueError) as error:
+    except (Diverged, ValueError) as error:
+        if world.size > 1 and not isinstance(error, Diverged):
+            run.note_failure(str(error))
+            raise  # one rank's own, for which the others wait
         # Not raised: Ray would start the group again, which would meet the same bits again.
         return {"failed": str(error), "why": None}
     return {"failed": None, "why": outcome.why}
@@ -167,8 +179,9 @@ def _world(slots: int) -> World | None:
 def explained(error: BaseException, spec: Spec) -> BaseException:
     """The failure of a worker, or of a start, not Ray's wrapping of it."""
     if failures := getattr(error, "worker_failures", None):
-        rank, first = min(failures.items())
-        cause = getattr(first, "cause", None) or first
+        causes = {rank: getattr(failure, "cause", None) or failure for rank, failure in failures.items()}
+        # Where one rank ends, the others' exchange with it does.
+        rank, cause = min(causes.items(), key=lambda item: (type(item[1]) is RuntimeError, item[0]))
         return Failed(f"training worker {rank} failed: {type(cause).__name__}: {cause}")
     cause = error
     while cause is not None and "WorkerGroupStartup" not in type(cause).__name__:
@@ -180,7 +193,7 @@ def _no_room(spec: Spec) -> str:
     """What was asked for and what there is, where the workers were not given their resources in time."""
     import ray
 
-    each = {"CPU": _cpus(spec), **({"GPU": 1.0} if on_gpu(spec) else {}), **spec.train.resources}
+    each = needs(spec)
     there, free = ray.cluster_resources(), ray.available_resources()
     asked = ", ".join(f"{value:g} {name}" for name, value in each.items())
     have = ", ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name} free" for name in each)

@@ -52,25 +52,25 @@ class Initial:
 
 def read_initial(folder: str) -> Initial:
     """The weights in a folder. UserError where it holds none that can be read, DamageError where they are damaged."""
-    if is_diffusers(folder):
+    if "://" not in folder and is_diffusers(folder):
         found = read_diffusers(folder)
         return Initial(found.weights, spec_of(found, folder))
     if is_registered(folder):
         raise UserError(f"train.init_from: {folder} is a registered model, which is fetched where a tracker is known")
-    if not Path(folder).is_dir():
+    place = Place.of(folder)
+    if place.is_local and not Path(folder).is_dir():
         raise UserError(f"train.init_from: there is no folder {folder}")
-    if (Path(folder) / "run.json").is_file():
-        last = Run(Place.of(folder)).checkpoints.latest_step()
-        hint = "" if last is None else f"; its last checkpoint is {Run(Place.of(folder)).checkpoints.at(last)}"
+    if (place / "run.json").exists():
+        last = Run(place).checkpoints.latest_step()
+        hint = "" if last is None else f"; its last checkpoint is {Run(place).checkpoints.at(last)}"
         raise UserError(f"train.init_from: {folder} is a run, name one of its checkpoints{hint}")
-    if not (Path(folder) / EMA).is_file():
+    if not (place / EMA).exists():
         raise UserError(f"train.init_from: {folder} is neither a checkpoint nor a folder of diffusers' DDPMPipeline")
-    checkpoint = Place.of(folder)
-    weights = safetensors.torch.load(data := checkpoint.read_folder(EMA)[EMA])
-    if (checkpoint / CONFIG).exists():  # of a registered model
-        config = json.loads(checkpoint.read_folder(CONFIG)[CONFIG])
+    weights = safetensors.torch.load(data := place.read_folder(EMA)[EMA])
+    if (place / CONFIG).exists():  # of a registered model
+        config = json.loads(place.read_folder(CONFIG)[CONFIG])
         return Initial(weights, Model.from_config(config, data, folder).spec)
-    run = Run(checkpoint.parent.parent)
+    run = Run(place.parent.parent)
     return Initial(weights, run.spec() if (run.place / "run.json").exists() else None)
 
 

@@ -19,12 +19,12 @@ from pipelines.build import build_model
 from pipelines.data.manifest import Dataset
 from pipelines.data.order import owned_slots
 from pipelines.data.reader import SlotStream
-from pipelines.errors import Failed
+from pipelines.errors import Diverged
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place
 from pipelines.train.checkpoint import Checkpoint
 from pipelines.train.diagnosis import SlotInputs, diagnose
-from pipelines.train.end import Why, plateau_end
+from pipelines.train.end import Why, awaited_scores, end_of
 from pipelines.train.images import TrainingImages
 from pipelines.train.initial import first_weights
 from pipelines.train.pace import WORDS, Pace, Word, spent_until
@@ -32,6 +32,7 @@ from pipelines.train.rate import learning_rate
 from pipelines.train.recorder import Recorder
 from pipelines.train.reduce import SlotGradients
 from pipelines.train.run import Run, environment
+from pipelines.train.scores import HeldOutScore
 from pipelines.train.scoring import Scoring, scoring_calls
 from pipelines.train.slots import Drawn, SlotLosses
 from pipelines.train.state import State
@@ -88,8 +89,9 @@ def _train(trainer: "Trainer", stream: SlotStream, at_checkpoint: Hook | None) -
     train = trainer.spec.train
     snapshots = frozenset(train.snapshot_steps(train.total_steps))
     scored = frozenset(train.scored_steps(train.total_steps))
-    if trainer.scores and trainer.step in scored and trainer.score():  # a kill may have come between the two
-        return "plateau"
+    for step in trainer.awaited_scores():  # a kill may have come between a checkpoint and its score
+        if trainer.score(step):
+            return "plateau"
     word: Word = "end" if trainer.is_spent() else ""
     while trainer.step < train.total_steps and word not in ("stop", "end"):
         word = trainer.take_step(stream)
@@ -97,13 +99,15 @@ def _train(trainer: "Trainer", stream: SlotStream, at_checkpoint: Hook | None) -
             trainer.save_snapshot()
         last = trainer.step == train.total_steps or word in ("stop", "end")
         due = trainer.step % train.checkpoint_every == 0 or word in ("checkpoint", "score")
-        # In a row of skipped steps, no good checkpoint makes room for one that may be past help.
-        if last or trainer.step in scored or (due and not trainer.state.skipped_in_a_row):
+        # In a row of skipped steps, the next checkpoint is one that may be past help.
+        saved = last or trainer.step in scored or (due and not trainer.state.skipped_in_a_row)
+        if saved:
             trainer.save()
             if at_checkpoint is not None:
                 trainer.recorder.settle()
                 at_checkpoint(trainer)
-        if trainer.scores and (word == "score" or trainer.step in scored) and trainer.score():
+        is_scored = trainer.step in scored or (word == "score" and saved)
+        if trainer.scores and is_scored and trainer.score(trainer.step):
             return "plateau"
     return "budget" if word == "end" else None
 
@@ -133,6 +137,10 @@ class Trainer:
             )
             self._module.register_comm_hook(world.group, self._gradients.hook)
         self._scoring: Scoring | None = None
+        self._scored: dict[int, HeldOutScore] = {}
+        """By step; rank 0 alone knows them, and looks for those of earlier attempts once."""
+        if world.rank == 0 and self.scores:
+            self._scored = {score.step: score for score in run.scores.taken(spec.train)}
         calls = scoring_calls(spec) if self.scores and not spec.train.scored_steps(spec.train.total_steps) else 0
         self._pace = Pace(run, spec.train, self._spent, calls) if world.rank == 0 else None
         run.note_worker(self.attempt, world.rank, world.size, self.step)
@@ -177,7 +185,7 @@ class Trainer:
             self.state.advance(gradient, rate)
         else:  # the same bits on all ranks, so all skip
             if self.state.skipped_in_a_row + 1 == MOST_SKIPPED:
-                raise Failed(self._diagnosis())
+                raise Diverged(self._diagnosis())
             self.state.skip()
         exact = {
             "gradient_norm": norm,
@@ -185,6 +193,7 @@ class Trainer:
             "skipped": float(self.state.skipped),
             "ema_half_life_images": self.state.ema_half_life,
         }
+        self.recorder.beat(self.step)
         self.recorder.add(torch.stack(stats), exact, {"data_wait_seconds": waited})
         if self.step % self.spec.train.log_every == 0:
             self.recorder.log(self.step)
@@ -234,31 +243,38 @@ class Trainer:
         if self._pace is not None:
             self._pace.saved()
 
-    def score(self) -> bool:
-        """Score the average on held-out images, all ranks a part of them; whether the run's patience is at its end."""
-        if not self.world.broadcast(self._pace is not None and self.step in self.run.scores.steps()):
+    def awaited_scores(self) -> list[int]:
+        """Steps before this one whose checkpoints are to be scored still, the same on all ranks."""
+        return self.world.broadcast(awaited_scores(self.run, self.spec.train) if self._pace and self.scores else [])
+
+    def score(self, step: int) -> bool:
+        """Score the average after a step, this one or an earlier checkpoint's, on held-out images, all ranks a part of
+        them; whether the run is at the end of its patience.
+        """
+        if not self.world.broadcast(step in self._scored):
             began = time.perf_counter()
             if self._scoring is None:
                 self._scoring = Scoring(self.spec, self.dataset, self.world.device)
-            done = self.world.gather(self._scoring.work(self.state.average(), self.world.rank, self.world.size))
+            weights = self.state.average() if step == self.step else self.run.checkpoints.load(step).ema
+            done = self.world.gather(self._scoring.work(weights, self.world.rank, self.world.size))
             if self._pace is not None:
-                self.recorder.save_score(*self._scoring.score(done, self.step, began))
-                self._pace.scored(time.perf_counter() - began)
-        return self.world.broadcast(
-            self._pace is not None and plateau_end(self.run, self.spec.train, self.recorder.unsaved_scores) is not None
-        )
+                score, grid = self._scoring.score(done, step, began)
+                self._scored[step] = score
+                self.recorder.save_score(score, grid)
+                self._pace.scored(score.seconds)
+        end = end_of(self._scored.values(), self.spec.train)
+        return self.world.broadcast(end is not None and end.step <= self.step)
 
     def save_snapshot(self) -> None:
         """Keep the power-function averages of this step (rank 0 writes, nobody waits)."""
         self.recorder.save_snapshot(self.step, self.state.profiles)
 
     def _checkpoint(self) -> Checkpoint:
-        where = {"threads": self.spec.train.threads, "device": self._device_name()}
-        return self.state.checkpoint({**environment(), **where})
-
-    def _device_name(self) -> str:
         device = self.world.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        where: dict[str, Any] = {"threads": self.spec.train.threads, "device": device.type}
+        if device.type == "cuda":
+            where["gpu"] = torch.cuda.get_device_name(device)
+        return self.state.checkpoint({**environment(), **where})
 
     def stream(self) -> SlotStream:
         """The images of the owned slots from this step on, to the end."""
@@ -268,25 +284,16 @@ class Trainer:
         """Agree with all ranks on attempt and checkpoint, and load it; the seconds spent until there."""
         found: tuple[int, int | None, float] = (0, None, 0.0)
         if self.world.rank == 0:
-            step = self._first_step()
+            attempt = self.run.claim_attempt()  # first: an earlier one commits nothing more then
+            step = self.run.checkpoints.latest_step()
             budget = self.spec.train.budget_minutes is not None and step is not None
-            spent = spent_until(self.run, self.spec.train, step or 0) if budget else 0.0
-            found = (self.run.claim_attempt(), step, spent)
+            found = (attempt, step, spent_until(self.run, self.spec.train, step or 0) if budget else 0.0)
         self.attempt, step, spent = self.world.broadcast(found)
         if step is not None:
             self.state.load(self.run.checkpoints.load(step))
         elif self.spec.train.init_from is not None:
             self.state.start_from(first_weights(self.spec, self.dataset.digest, self.run))
         return spent
-
-    def _first_step(self) -> int | None:
-        """That of the last checkpoint that verifies, or of an earlier one whose score is still due."""
-        latest = self.run.checkpoints.latest_step()
-        if latest is None or not self.scores:
-            return latest
-        scored = self.run.scores.steps()
-        due = (step for step in self.spec.train.scored_steps(latest) if step not in scored)
-        return next((step for step in due if self.run.checkpoints.verifies(step)), latest)
 
 
 def train_from_config(config: Mapping[str, Any], world: World, at_checkpoint: Hook | None = None) -> Outcome:

@@ -32,6 +32,8 @@ Figures = Mapping[str, float]
 _Snapshot = tuple[int, Mapping[float, Mapping[str, Tensor]]]  # of a step, by sigma_rel
 
 _LIVE_SECONDS = 0.5
+_PATIENCE_SECONDS = 30.0
+"""For a checkpoint that is being written when the next is due: well below that of ranks with each other."""
 _LAST_ATTEMPTS = 6
 _LAST_PAUSE_SECONDS = 0.5  # then twice as long each time: some 16 s in all
 
@@ -47,6 +49,7 @@ class Recorder:
         self._writer = _Writer(run, attempt, train)
         self._usage = None if world.rank else Usage()
         self._newest: Row | None = None
+        self._step = images // train.global_batch
         self._live_at = 0.0
         self._mark = (time.perf_counter(), images)
 
@@ -84,7 +87,7 @@ class Recorder:
             self._rows.append(row)
         self._pending.clear()
         self._newest = self._rows[-1]
-        self.show()
+        self.beat(step)
 
     def save(self, step: int, checkpoint: Callable[[], Checkpoint]) -> None:
         """Commit the journal up to this step, then the checkpoint, while training goes on; on rank 0 alone is it asked
@@ -104,11 +107,6 @@ class Recorder:
         """Keep a score, after the checkpoint that it is of; where the storage fails, with the next one."""
         self._writer.write_score(score, grid)
 
-    @property
-    def unsaved_scores(self) -> list[HeldOutScore]:
-        """Those that the storage did not take yet."""
-        return [score for score, _ in self._writer.scores]
-
     def settle(self) -> None:
         """Wait until what was to be saved is. What the storage did not take is left for the next checkpoint."""
         self._writer.wait()
@@ -117,19 +115,25 @@ class Recorder:
         """As `settle`, for the last checkpoint: it is tried a few times. Failed where the storage does not take it."""
         self._writer.finish()
 
+    def beat(self, step: int) -> None:
+        """A step was taken, of which there are no figures yet."""
+        self._step = step
+        self.show()
+
     def show(self, always: bool = False) -> None:
         """Tell the driver how far we are, now and then or `always`; a picture of the moment, not a record."""
-        if self._world.rank or self._newest is None or not (always or time.monotonic() - self._live_at > _LIVE_SECONDS):
+        if self._world.rank or not (always or time.monotonic() - self._live_at > _LIVE_SECONDS):
             return
         self._live_at = time.monotonic()
+        newest = self._newest
         live = {
             "attempt": self._attempt,
             "workers": self._world.size,
             "idle": self._world.idle,
-            "images": self._newest.images,
-            "images_per_second": self._newest.wall["images_per_second"],
-            "loss": self._newest.exact.get("loss"),
-            "skipped": self._newest.exact["skipped"],
+            "images": self._step * self._train.global_batch,
+            "images_per_second": None if newest is None else newest.wall["images_per_second"],
+            "loss": None if newest is None else newest.exact.get("loss"),
+            "skipped": 0 if newest is None else newest.exact["skipped"],
             "trouble": self._writer.trouble,
         }
         with contextlib.suppress(OSError, StorageError):
@@ -145,8 +149,9 @@ class _Writer:
         self._run, self._attempt, self._train = run, attempt, train
         self._changing = threading.Lock()
         self._snapshots: list[_Snapshot] = []
-        self._left: tuple[Checkpoint, list[Row]] | None = None
+        self._left: list[tuple[Checkpoint, list[Row]]] = []
         """What is being written, or could not be; and so the snapshots, which come before it."""
+        self._scored = frozenset(train.scored_steps(train.total_steps))
         self._busy = False
         self._thread: threading.Thread | None = None
         self.scores: list[tuple[HeldOutScore, bytes]] = []
@@ -156,13 +161,16 @@ class _Writer:
         """What the storage says, where it does not take what it is given."""
 
     def write(self, checkpoint: Checkpoint, rows: Sequence[Row]) -> None:
-        """Each is waited for in turn, until the storage does not take one: then nobody knows how long it would be
-        waited for, and the newest takes the place of the one that is tried still."""
+        """Each is waited for in turn, but not for long, for then other ranks would wait for this one: where the storage
+        does not take it, the newest takes the place of the one that is tried still, unless that one is to be scored.
+        """
         if self.trouble is None or self._error is not None:
-            self.wait()
+            self._wait_a_little()
         with self._changing:
-            unwritten = [] if self._left is None else self._left[1]
-            self._left = (checkpoint, [*unwritten, *rows])
+            unwritten: list[Row] = []
+            if self._left and self._left[-1][0].step not in self._scored:
+                unwritten = self._left.pop()[1]
+            self._left.append((checkpoint, [*unwritten, *rows]))
         self._start()
 
     def keep_snapshot(self, step: int, profiles: Mapping[float, Mapping[str, Tensor]]) -> None:
@@ -179,10 +187,17 @@ class _Writer:
             self._thread.start()
 
     def write_score(self, score: HeldOutScore, grid: bytes) -> None:
-        self.wait()
         with self._changing:
             self.scores.append((score, grid))
         self._start()
+
+    def _wait_a_little(self) -> None:
+        if self._thread is not None:
+            self._thread.join(_PATIENCE_SECONDS)
+            if self._thread.is_alive() and self._left:
+                step = self._left[0][0].step
+                self.trouble = f"checkpoint {step} is not written after {_PATIENCE_SECONDS:g} s (the storage is slow)"
+                return
         self.wait()
 
     def wait(self) -> None:
@@ -196,13 +211,13 @@ class _Writer:
         self.wait()
         pause = _LAST_PAUSE_SECONDS
         for _ in range(_LAST_ATTEMPTS - 1):
-            if self._left is None and not self.scores:
+            if not self._left and not self.scores:
                 return
             time.sleep(pause)
             pause *= 2
             self._start()
             self.wait()
-        if self._left is not None or self.scores:
+        if self._left or self.scores:
             raise Failed(
                 f"run {self._run.name}: {self.trouble}; mend that and run it again, it goes on from what it has"
             )
@@ -211,32 +226,32 @@ class _Writer:
         more = True
         while more:
             with self._changing:
-                snapshots, left, scores = tuple(self._snapshots), self._left, tuple(self.scores)
+                snapshots, left, scores = tuple(self._snapshots), tuple(self._left), tuple(self.scores)
             taken = self._commit(snapshots, left, scores)
             with self._changing:
                 # What came meanwhile is tried at once; what the storage did not take waits for the next checkpoint.
-                came = self._left is not left or len(self._snapshots) > len(snapshots) or len(self.scores) > len(scores)
+                came = len(self._snapshots) > len(snapshots) or len(self.scores) > len(scores)
+                came = came or [id(one) for one in self._left] != [id(one) for one in left]
                 self._busy = more = came and self._error is None
                 if taken:
                     del self._snapshots[: len(snapshots)], self.scores[: len(scores)]
-                    self._left = None if self._left is left else self._left
+                    self._left = [one for one in self._left if not any(one is other for other in left)]
 
     def _commit(
         self,
         snapshots: Sequence[_Snapshot],
-        left: tuple[Checkpoint, list[Row]] | None,
+        left: Sequence[tuple[Checkpoint, list[Row]]],
         scores: Sequence[tuple[HeldOutScore, bytes]],
     ) -> bool:
         """Write what there is, in its order: a checkpoint counts on the snapshots before it, and a step's score is told
         of no checkpoint that is not there. Whether the storage took it."""
-        doing = "what is new" if left is None else f"checkpoint {left[0].step}"
+        doing = f"checkpoint {left[0][0].step}" if left else "what is new"
         try:
             check_newest(self._run, self._attempt)
             for step, profiles in snapshots:
                 doing = f"snapshot {step}"
                 self._run.checkpoints.save_snapshot(step, profiles)
-            if left is not None:
-                checkpoint, rows = left
+            for checkpoint, rows in left:
                 doing = f"checkpoint {checkpoint.step}"
                 self._run.journal.commit(self._attempt, rows)
                 also = kept_for_scores(self._run, self._train)

@@ -32,6 +32,7 @@ Ask = Literal["checkpoint", "stop"]
 
 _LIVE = "live.json"
 _ASKED: dict[Ask, str] = {"stop": "asked-to-stop", "checkpoint": "asked-for-checkpoint"}
+_FAILURE = "failure.json"
 _RUNS_NAMED = 5
 
 
@@ -121,6 +122,18 @@ class Run:
         """What was asked is done, or was asked of an earlier driver's workers."""
         for name in _ASKED.values():
             (self.board / name).delete()
+
+    def note_failure(self, told: str) -> None:
+        """Say why a rank ended that others cannot know of: who takes its place would meet the same again."""
+        (self.place / _FAILURE).write_json({"told": told})
+
+    def failure(self) -> str | None:
+        """What a rank of this drive ended by."""
+        return (self.place / _FAILURE).read_json()["told"] if (self.place / _FAILURE).exists() else None
+
+    def forget_failure(self) -> None:
+        """It was of an earlier drive: what it met may be mended."""
+        (self.place / _FAILURE).delete()
 
     def claim_attempt(self) -> int:
         """A number higher than every earlier attempt's."""
@@ -231,6 +244,9 @@ def check_trainable(spec: Spec, dataset: Dataset) -> None:
         check_initial(spec)
     if not len(dataset.split("train")):
         raise UserError("data.held_out: no image is left for training, lower it or add images")
+    score, held_out = spec.train.score, len(dataset.split("held-out"))
+    if score is not None and score.every_images is not None and held_out < 2:
+        raise UserError(f"train.score: it needs 2 held-out images, {dataset.place} has {held_out}: raise data.held_out")
     if (classes := spec.model.classes) is None:
         return
     if classes != len(dataset.classes) or dataset.card["splits"]["train"]["unlabelled"]:

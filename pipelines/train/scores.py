@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines.sections.train import Plateau
+from pipelines.sections.train import Plateau, Train
 from pipelines.store import Place
 
 FORMAT = 1
@@ -32,6 +32,8 @@ class HeldOutScore:
     """The bounds of these bins, falling, one more than there are bins; None for minus infinity."""
     scored: int
     """Held-out images."""
+    asked: tuple[int, int]
+    """Images and timesteps by `train.score`: scores of other settings are not compared."""
     seconds: float
     """How long it took; of no meaning to the others."""
     time_ms: int
@@ -57,17 +59,28 @@ class Scores:
         record: dict[str, Any] = self._at(step).read_json()
         if (found := record.pop("format")) != FORMAT:
             raise ValueError(f"{self._at(step)} has format {found}, not {FORMAT}")
-        return HeldOutScore(**{**record, "error": tuple(record["error"]), "log_snr": tuple(record["log_snr"])})
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+        return HeldOutScore(**fields)
 
-    def all(self, last_step: int | None = None) -> list[HeldOutScore]:
-        """Those up to a step, rising."""
-        return [self.read(step) for step in self.steps() if last_step is None or step <= last_step]
+    def all(self) -> list[HeldOutScore]:
+        """All of them, by step."""
+        return [self.read(step) for step in self.steps()]
+
+    def taken(self, train: Train) -> list[HeldOutScore]:
+        """Those of a spec's settings, by step."""
+        return [] if train.score is None else [score for score in self.all() if score.asked == settings(train)]
 
     def picture(self, step: int) -> Place:
         return self.place / f"{step:09d}.png"
 
     def _at(self, step: int) -> Place:
         return self.place / f"{step:09d}.json"
+
+
+def settings(train: Train) -> tuple[int, int]:
+    """What the numbers of a score depend on, beside the weights: images and timesteps."""
+    assert train.score is not None
+    return train.score.images, train.score.timesteps
 
 
 def best(scores: Iterable[HeldOutScore]) -> HeldOutScore | None:
@@ -82,7 +95,7 @@ def best(scores: Iterable[HeldOutScore]) -> HeldOutScore | None:
 def patience_ran_out(scores: Iterable[HeldOutScore], plateau: Plateau) -> int | None:
     """The first scored step that lies `patience_images` after the last gain; None while there is hope.
 
-    A gain lies `least_gain` or more below the best before it, which is the last gain's.
+    A gain lies more than `least_gain` below the best before it, which is the last gain's.
     """
     level, since = None, 0
     for score in sorted(scores, key=lambda score: score.step):

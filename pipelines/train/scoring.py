@@ -26,7 +26,7 @@ from pipelines.data.reader import Reader
 from pipelines.drawing import labels_of
 from pipelines.evaluate.chance import choose_images
 from pipelines.spec import Spec
-from pipelines.train.scores import HeldOutScore
+from pipelines.train.scores import HeldOutScore, settings
 
 _PART = 16
 """Images of one unit."""
@@ -52,7 +52,7 @@ class Scoring:
         sizes = np.array(split.shard_sizes, dtype=np.int64)
         ends = np.cumsum(sizes)
         shards = np.searchsorted(ends, chosen, side="right")
-        images, labels = Reader(split).read(shards, chosen - (ends - sizes)[shards])
+        images, labels = Reader(split, on_error=spec.data.on_error).read(shards, chosen - (ends - sizes)[shards])
         self._images = to_model(images)
         self._labels = torch.as_tensor(labels.astype(np.int64))
         self._timesteps = min(self._score.timesteps, self._process.timesteps)
@@ -89,6 +89,7 @@ class Scoring:
             error=tuple(error if math.isfinite(error) else None for error in errors.tolist()),
             log_snr=tuple(self._bounds()),
             scored=len(self._images),
+            asked=settings(self._spec.train),
             seconds=time.perf_counter() - began,
             time_ms=time.time_ns() // 1_000_000,
         )

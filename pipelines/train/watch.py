@@ -4,6 +4,7 @@
 thread reads the run's folder meanwhile. What the tracker may have is sent by a third (`pipelines.tracking.shipper`).
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -57,6 +58,7 @@ class Watch:
         """Train to the end; what ended the run before `train.images`, if anything did."""
         self._run.forget_live()
         self._run.forget_asked()
+        self._run.forget_failure()
         attempt = self._run.newest_attempt()
         threading.Thread(target=self._fit, name="ray-train", daemon=True).start()
         try:
@@ -64,9 +66,10 @@ class Watch:
             if self._beside is not None and self._failure is None:
                 self._beside.finish()
         except KeyboardInterrupt:
-            if self._run.newest_attempt() > attempt:  # else no worker has begun, and there is nothing to keep
-                self._progress.say("stopping after this step, with a checkpoint; interrupt again to leave at once")
-                self._stop()
+            self._leave(attempt, "stopping after this step, with a checkpoint; interrupt again to leave at once")
+            raise
+        except Failed:
+            self._leave(attempt, "the workers stop after this step, with a checkpoint")
             raise
         finally:
             if self._beside is not None:
@@ -74,6 +77,13 @@ class Watch:
         if self._failure is not None:
             raise explained(self._failure, self._spec)
         return self._why
+
+    def _leave(self, attempt: int, told: str) -> None:
+        """Stop the workers, if any has begun since that attempt: else there is nothing to keep."""
+        with contextlib.suppress(StorageError):
+            if self._run.newest_attempt() > attempt and not self._over.is_set():
+                self._progress.say(told)
+                self._stop()
 
     def _fit(self) -> None:
         ranks_score = self._beside is None
@@ -90,7 +100,7 @@ class Watch:
         leaving, cpus = set(self._cluster.draining()), self._cluster.cpus()
         while not self._over.wait(_WATCH_SECONDS):
             self._check_held()
-            self._show()
+            self._patiently(self._show)
             now = time.monotonic()
             if now - looked > _CLUSTER_SECONDS:
                 leaving, cpus = self._look_at_cluster(leaving, cpus)
@@ -103,8 +113,10 @@ class Watch:
     def _look_at_scores(self) -> None:
         assert self._beside is not None
         # Where the storage was away, what the last look found may not have been followed up.
-        if (self._beside.look() or self._storage_is_away) and plateau_end(self._run, self._spec.train) is not None:
-            self._stop()
+        if self._beside.look() or self._storage_is_away:
+            end = plateau_end(self._run, self._spec.train)
+            if end is not None and not self._over.is_set():
+                self._stop()
 
     def _patiently(self, look: Callable[[], None]) -> None:
         """Do something that reads the run's folder, unless its storage is away: said once, and done the next time."""

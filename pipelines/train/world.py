@@ -1,12 +1,16 @@
 """Who computes a step: one process, or several that exchange what they found."""
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipelines.data.order import owners
+
+PATIENCE = timedelta(seconds=120)
+"""How long ranks wait for one that does not answer."""
 
 T = TypeVar("T")
 
@@ -27,7 +31,8 @@ class World:
     def among(rank: int, size: int, slots: int, device: torch.device | None = None) -> "World | None":
         """A rank of `size` processes, all of which call this; None for one that has no slots."""
         sharing = owners(size, slots)
-        group = dist.new_group(list(range(sharing))) if sharing < size else None
+        # Of its own, a group waits half an hour.
+        group = dist.new_group(list(range(sharing)), timeout=PATIENCE) if sharing < size else None
         return World(rank, sharing, group, size - sharing, device or torch.device("cpu")) if rank < sharing else None
 
     def broadcast(self, value: T) -> T:

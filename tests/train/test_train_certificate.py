@@ -8,6 +8,7 @@ from pipelines.cluster import Cluster
 from pipelines.data.ingest import ingest
 from pipelines.errors import UserError
 from pipelines.progress import Progress
+from pipelines.spec import parse_spec
 from pipelines.store import Place
 from pipelines.train import certificate
 from pipelines.train.certificate import certify
@@ -47,3 +48,11 @@ def test_killed_workers_and_other_numbers_of_them_make_the_same_bits(
         "optimizer.safetensors",
         "journal",
     }
+
+
+def test_what_ends_or_keeps_by_scores_is_left_out_of_the_proof() -> None:
+    limits = {"keep_best": True, "plateau": {"patience_images": 32}, "score": {"every_images": 32}}
+    spec = tiny_spec(train={**tiny_spec().train.model_dump(), **limits, "budget_minutes": 1.0, "workers": [1, 2]})
+    shortened = certificate._shortened(spec, 3, 1)
+    assert parse_spec(shortened.model_dump(mode="json")) == shortened
+    assert shortened.train.total_steps == 3

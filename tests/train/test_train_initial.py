@@ -20,20 +20,22 @@ from pipelines.errors import UserError
 from pipelines.evaluate.job import held_out_bits
 from pipelines.foreign import of_diffusers
 from pipelines.interop import Portable, write_diffusers
-from pipelines.models import of_checkpoint
+from pipelines.models import dump_config, of_checkpoint
 from pipelines.pipeline import run, run_sweep, run_training, train_step
 from pipelines.progress import Progress
 from pipelines.registry.register import register
 from pipelines.session import Session, open_session
-from pipelines.spec import Spec, parse_spec
+from pipelines.spec import Spec, load_spec, parse_spec
 from pipelines.store import Place
 from pipelines.train import driver
 from pipelines.train.driver import Trained
+from pipelines.train.initial import read_initial
 from pipelines.train.loop import train
 from pipelines.train.registered import with_first_weights
 from pipelines.train.run import Run, check_trainable
-from tests.conftest import tiny_fields, tiny_spec
+from tests.conftest import tiny_fields, tiny_spec, write_spec
 from tests.interop.interop_helpers import CIFAR10, DIGITS, WEIGHTS, assert_equal_outputs, theirs
+from tests.s3_faults import BUCKET, FaultyProxy
 
 MODEL = tiny_fields()["model"]
 DIFFUSION = tiny_fields()["diffusion"]
@@ -259,3 +261,19 @@ def described(spec: Spec, dataset: Dataset, session: Session) -> Run:
     run = Run.of(spec, dataset.digest, session.store)
     run.describe(spec, dataset.digest)
     return run
+
+
+def test_first_weights_may_lie_on_s3(dataset: Dataset, proxy: FaultyProxy, tmp_path: Path) -> None:
+    spec = tiny_spec(model={**MODEL, "norm_eps": 1e-6})
+    run = begun(spec, dataset, tmp_path)
+    local, model = run.checkpoints.at(1), of_checkpoint(run, 1)
+    there = Place.of(f"s3://{BUCKET}/weights")
+    there.commit_folder({"ema.safetensors": model.weights, "config.json": dump_config(model)})
+    found = read_initial(str(there))
+    assert found.digest == read_initial(str(local)).digest
+    assert found.spec is not None
+    assert found.spec.model.norm_eps == 1e-6
+    with pytest.raises(UserError, match=r"train\.init_from: s3://.* is neither a checkpoint nor a folder of diffusers"):
+        read_initial(f"s3://{BUCKET}/nothing")
+    spec_file = write_spec(tmp_path / "spec.yaml", train__init_from=str(there))
+    assert load_spec(spec_file).train.init_from == str(there)

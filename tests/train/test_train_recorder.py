@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed
 from pipelines.store import Place
+from pipelines.train import recorder
 from pipelines.train.checkpoint import Checkpoint, Checkpoints
 from pipelines.train.loop import Trainer, World, train
 from pipelines.train.run import Run
@@ -145,3 +147,34 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     ours = dict(trainer.model.named_parameters())
     saved = torch.cat([run.checkpoints.load(1).model[name].reshape(-1) for name in ours])
     assert torch.equal(saved, weights)
+
+
+def test_a_storage_that_hangs_holds_up_no_step_for_long(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other ranks wait for rank 0 in each step, for two minutes at most."""
+    spec = tiny_spec(train__images=128)
+    run = Run.of(spec, dataset.digest, Place.of(tmp_path))
+    trainer = Trainer(spec, dataset, run, World())
+    commit, answers = Checkpoints.save, threading.Event()
+
+    def hang(self: Checkpoints, checkpoint: Checkpoint, *keep: Any) -> None:
+        assert answers.wait(60)
+        commit(self, checkpoint, *keep)
+
+    monkeypatch.setattr(Checkpoints, "save", hang)
+    monkeypatch.setattr(recorder, "_PATIENCE_SECONDS", 0.2)
+    with trainer.stream() as stream:
+        for _ in range(3):
+            trainer.take_step(stream)
+            trainer.save()
+        trainer.recorder.show(always=True)
+        live = run.live()
+        assert live is not None
+        assert live["trouble"] == "checkpoint 1 is not written after 0.2 s (the storage is slow)"
+        answers.set()
+        trainer.take_step(stream)
+        trainer.save()
+        trainer.recorder.finish()
+    assert run.checkpoints.steps()[-1] == 4
+    assert [row.step for row in run.journal.read(10)] == [1, 2, 3, 4]

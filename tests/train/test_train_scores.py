@@ -1,6 +1,7 @@
 """Held-out scores along the way: the same whoever takes them, and ends that follow from them."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from pipelines.store import Place
 from pipelines.train import pace
 from pipelines.train.checkpoint import EMA, MODEL, OPTIMIZER
 from pipelines.train.driver import train as drive
-from pipelines.train.end import last_step, plateau_end
+from pipelines.train.driver import trained as is_trained
+from pipelines.train.end import awaited_scores, last_step, plateau_end, settled_step
 from pipelines.train.loop import train
 from pipelines.train.pace import SCORING_SHARE, Pace
-from pipelines.train.run import Run
+from pipelines.train.run import Run, check_trainable
 from pipelines.train.scores import HeldOutScore, Scores, best, patience_ran_out
 from pipelines.train.scoring import Scoring
+from pipelines.unused import without_effect
 from tests.conftest import tiny_spec
 from tests.train.train_helpers import trained
 
@@ -104,7 +107,16 @@ def test_a_score_is_what_the_core_says_of_the_average_on_held_out_images(dataset
 
 
 def of(*bits: float | None) -> list[HeldOutScore]:
-    blank = {"low": None, "high": None, "error": (), "log_snr": (), "scored": 1, "seconds": 0.0, "time_ms": 0}
+    blank = {
+        "low": None,
+        "high": None,
+        "error": (),
+        "log_snr": (),
+        "scored": 1,
+        "asked": (1, 1),
+        "seconds": 0.0,
+        "time_ms": 0,
+    }
     return [HeldOutScore(step=k, images=100 * k, bits_per_dim=bit, **blank) for k, bit in enumerate(bits, start=1)]
 
 
@@ -266,3 +278,120 @@ def test_minutes_between_checkpoints_are_kept_whatever_the_steps(
             saved.append(step)
             clock.saved()
     assert saved == [5, 10, 15, 20, 25, 30]
+
+
+def test_a_run_whose_last_scores_are_missing_is_not_complete(dataset: Dataset, session: Session) -> None:
+    """A driver that dies while scores lag behind: they are taken, and end the run where they would have ended it."""
+    spec = scored_spec(**_STUCK)
+    run = trained(scored_spec(**{**_STUCK, "plateau": None, "keep_checkpoints": 9}), dataset, session.store.path)
+    for step in (15, 20):
+        (run.scores.place / f"{step:09d}.json").delete()
+    assert run.checkpoints.steps() == [5, 10, 15, 20]
+    assert is_trained(run, spec) is None
+    assert awaited_scores(run, spec.train) == [15, 20]
+    assert settled_step(run, spec.train) == 15
+    done = drive(spec, dataset, session.store, session.cluster, session.tracker, Progress())
+    assert (done.step, done.why) == (15, "plateau")
+    rows = session.tracker.client().get_metric_history(session.tracker.run_id(run, spec, dataset), "images_seen")
+    assert max(row.step for row in rows) == 15
+
+
+def test_an_end_that_lies_ahead_is_come_to_and_not_taken_for_reached(dataset: Dataset, tmp_path: Path) -> None:
+    """Scores of steps that are to be made again, for their checkpoints are damaged."""
+    spec = scored_spec(**{**_STUCK, "keep_checkpoints": 9})
+    run = Run.of(spec, dataset.digest, Place.of(tmp_path))
+    assert train(spec, dataset, run).step == 15
+    (run.checkpoints.at(15) / MODEL).path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="checkpoint 15 is damaged"):
+        again = train(spec, dataset, run)
+    assert (again.step, again.why) == (15, "plateau")
+    assert run.checkpoints.verifies(15)
+
+
+def test_earlier_checkpoints_are_scored_without_making_steps_again(dataset: Dataset, tmp_path: Path) -> None:
+    run = trained(scored_spec(score=None, checkpoint_every=5, keep_checkpoints=9), dataset, tmp_path)
+    longer = scored_spec(images=800, keep_checkpoints=9)
+    train(longer, dataset, run)
+    assert run.scores.steps() == [5, 10, 15, 20, 25]
+    assert {json.loads(line)["step"] for line in newest_segment(run)[1:]} == {21, 22, 23, 24, 25}
+
+
+def newest_segment(run: Run) -> list[str]:
+    folder = run.place / "journal"
+    return (folder / max(folder.list())).read().decode().splitlines()
+
+
+def test_scores_of_other_settings_are_taken_anew(dataset: Dataset, tmp_path: Path) -> None:
+    run = trained(scored_spec(keep_checkpoints=9), dataset, tmp_path)
+    assert {score.asked for score in run.scores.all()} == {(40, 4)}
+    other = scored_spec(keep_checkpoints=9, score={**_SCORE, "every_images": 160, "timesteps": 2})
+    assert run.scores.taken(other.train) == []
+    assert awaited_scores(run, other.train) == [5, 10, 15, 20]
+    train(other, dataset, run)
+    assert {(score.asked, len(score.error)) for score in run.scores.taken(other.train)} == {((40, 2), 2)}
+
+
+def test_a_score_that_can_never_be_taken_holds_nothing_back(dataset: Dataset, session: Session) -> None:
+    run = trained(scored_spec(score=None, checkpoint_every=20), dataset, session.store.path)
+    spec = scored_spec(**_STUCK, images=960)
+    assert settled_step(run, scored_spec(images=960, keep_best=True).train) is None
+    with pytest.raises(UserError, match=r"train\.plateau: it needs the score of run .* at 160 images"):
+        drive(named_like(run, spec), dataset, session.store, session.cluster, session.tracker, Progress())
+
+
+def named_like(run: Run, spec: Spec) -> Spec:
+    """With the learning rate of the run, which names it."""
+    train = spec.train.model_copy(update={"learning_rate": run.spec().train.learning_rate})
+    return spec.model_copy(update={"train": train})
+
+
+def test_a_storage_that_takes_no_score_stops_no_step(dataset: Dataset, tmp_path: Path) -> None:
+    spec, commit, refused = scored_spec(), Scores.commit, []
+
+    def full(self: Scores, score: HeldOutScore, grid: bytes) -> None:
+        if score.step < 20:
+            refused.append(score.step)
+            raise OSError(28, "No space left on device")
+        commit(self, score, grid)
+
+    run = Run.of(spec, dataset.digest, Place.of(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scores, "commit", lambda *given: full(*given) if len(refused) < 6 else commit(*given))
+        assert train(spec, dataset, run).step == 20
+    assert 5 in refused
+    assert run.scores.steps() == [5, 10, 15, 20]  # nothing is lost
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"score": None, "plateau": {"patience_images": 320}}, "train.plateau: it needs train.score, which is off"),
+        ({"plateau": {"patience_images": 320}}, "train.score.every_images: train.plateau needs it"),
+        ({"keep_best": True}, "train.score.every_images: train.keep_best needs it"),
+        ({"images": 10**9, "score": {"every_images": 1}}, "train.score.every_images: 1 images make 31,250,000 scores"),
+        (
+            {"score": {"every_images": 32}, "plateau": {"patience_images": 32}, "decay": "cosine"},
+            "train.plateau: with train.decay cosine the score is best at the end",
+        ),
+    ],
+)
+def test_limits_that_cannot_work_are_one_line(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        tiny_spec(train={**_TRAIN, **fields})
+    assert said in str(caught.value)
+
+
+def test_scores_by_an_interval_need_held_out_images(tmp_path: Path) -> None:
+    place = Place.of(tmp_path)
+    whole = ingest("digits", place, image_size=8, channels=1, held_out=0.0, shard_images=1000)
+    check_trainable(tiny_spec(), whole)
+    with pytest.raises(UserError, match=r"train\.score: it needs 2 held-out images, .* has 0: raise data\.held_out"):
+        check_trainable(scored_spec(), whole)
+
+
+def test_a_limit_without_effect_is_warned_of() -> None:
+    lines = without_effect(scored_spec(every=1000))
+    assert lines == ["train.score.every_images: no score is taken, the run ends at 640 images"]
+    assert without_effect(scored_spec(plateau={"patience_images": 640})) == [
+        "train.plateau: has no effect, the run ends at 640 images"
+    ]
