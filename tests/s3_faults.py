@@ -32,7 +32,9 @@ HASTE = Patience(connect_seconds=1, stall_seconds=1, request_seconds=1.5, attemp
 LATE = 1.8
 """Seconds."""
 
-Fault = Literal["500", "503", "400", "403", "404", "cut", "short", "garbled", "refuse", "silent", "drip", "late", "lost"]
+Fault = Literal[
+    "500", "503", "400", "403", "404", "cut", "short", "garbled", "refuse", "silent", "drip", "late", "lost"
+]
 """cut: the connection ends in the middle of the body; short: a whole answer with half of the body; garbled: one bit of
 the body is another; refuse: it ends without an answer; silent: no answer, the connection stays; drip: a byte now and
 then; late: what was asked for is done, and answered, LATE seconds later; lost: done, and not answered."""
@@ -171,7 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(*self._upstream(body))
         elif fault is not None and fault.isdigit():
             code = "RequestTimeout" if fault == "400" else "Fault"  # S3's of a body that did not come in time
-            self._answer(int(fault), {"Content-Type": "application/xml"}, f"<Error><Code>{code}</Code></Error>".encode())
+            self._answer(
+                int(fault), {"Content-Type": "application/xml"}, f"<Error><Code>{code}</Code></Error>".encode()
+            )
         else:
             self._answer(*self._upstream(body), fault, over)
 

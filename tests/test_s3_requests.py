@@ -56,9 +56,10 @@ def test_a_change_that_is_never_answered_is_cut_off(place: S3Place, proxy: Fault
     assert place.read() == b"2"
 
 
-def test_a_body_that_did_not_arrive_in_time_is_sent_again(place: S3Place, proxy: FaultyProxy) -> None:
+@pytest.mark.parametrize("put", [S3Place.write, S3Place.create])
+def test_a_body_that_did_not_arrive_in_time_is_sent_again(place: S3Place, proxy: FaultyProxy, put: Any) -> None:
     proxy.methods, proxy.faults = frozenset({"PUT", "POST"}), ["400"]
-    place.write(b"1")
+    put(place, b"1")
     assert proxy.faults == []
     assert place.read() == b"1"
 

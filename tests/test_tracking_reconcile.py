@@ -242,4 +242,5 @@ def _score(step: int) -> HeldOutScore:
         scored=64,
         seconds=1.0,
         time_ms=1_700_000_000_000 + step,
+        asked=(64, 8),
     )

@@ -2,6 +2,7 @@
 
 import random
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,15 +83,24 @@ def driver(moments: random.Random) -> Deed:
 
 
 def writer(moments: random.Random) -> Deed:
-    """Rank 0, while it writes a checkpoint."""
+    """Rank 0, while it writes a checkpoint: it is stopped at that moment, and goes on where the write was over by then,
+    until it is not."""
 
     def deed(of: Command, moment: Moment) -> bool:
         rank_0 = of.worker(moment.attempt, 0)
-        kept = of.kept()
-        written = of.reach_write()
-        a_while(moments, WRITE_SECONDS)
-        # What is left then lies there until the next driver begins.
-        return _killed(lambda: rank_0) and written.exists() and of.kept() == kept
+        try:
+            while True:
+                written = of.reach_write()
+                a_while(moments, WRITE_SECONDS)
+                rank_0.suspend()
+                while rank_0.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+                    time.sleep(0.001)
+                if written.exists():  # and lies there, half-written, until the next driver begins
+                    break
+                rank_0.resume()
+        except psutil.NoSuchProcess:
+            return False
+        return _killed(lambda: rank_0) and written.exists()
 
     return deed
 
