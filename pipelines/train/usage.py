@@ -5,6 +5,7 @@ That monitor writes to MLflow directly and gives up at the first request that fa
 and go where it goes.
 """
 
+import contextlib
 import math
 import os
 import resource
@@ -29,24 +30,39 @@ class Usage:
         self._gpus = _gpus()
         self._sampled_at, self._every = time.monotonic(), _LEAST_SECONDS
         self._looked_at, self._resident, self._peak = -math.inf, 0, 0
-        psutil.cpu_percent()  # which tells of the time since it was last asked
-        self._network_before = psutil.net_io_counters()
+        self._errors = (psutil.Error, OSError, RuntimeError)
+        """Of a sandbox that hides what is asked for, or of what a host does not have."""
+        self._network_before: Any = None
+        with contextlib.suppress(*self._errors):
+            psutil.cpu_percent()  # which tells of the time since it was last asked
+            self._network_before = psutil.net_io_counters()
 
     def process(self) -> dict[str, float]:
-        """Resident memory of the process, now (looked at once a second at most) and at its highest."""
+        """Resident memory of the process, now (looked at once a second at most) and at its highest; nothing where that
+        cannot be learnt."""
         if (now := time.monotonic()) - self._looked_at >= _LOOK_SECONDS:
+            try:
+                self._resident = self._process.memory_info().rss
+            except self._errors:
+                return {}
             self._looked_at = now
-            self._resident = self._process.memory_info().rss
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             self._peak = max(self._peak, peak, self._resident)  # the kernel's own may lag a little behind
         return {"memory_bytes": float(self._resident), "memory_peak_bytes": float(self._peak)}
 
     def host(self) -> dict[str, float]:
-        """Figures of the host, soon after the start and then every ten seconds; nothing between."""
+        """Figures of the host, soon after the start and then every ten seconds; nothing between, nor where they cannot
+        be learnt."""
         now = time.monotonic()
         if now - self._sampled_at < self._every:
             return {}
         self._sampled_at, self._every = now, _EVERY_SECONDS
+        try:
+            return {f"system/{name}": float(value) for name, value in self._of_host().items()}
+        except self._errors:  # no figure is worth a training
+            return {}
+
+    def _of_host(self) -> dict[str, float]:
         memory, disk = self._psutil.virtual_memory(), self._psutil.disk_usage(os.sep)
         figures: dict[str, float] = {
             "cpu_utilization_percentage": self._psutil.cpu_percent(),
@@ -63,7 +79,7 @@ class Usage:
             figures["network_transmit_megabytes"] = sent / _MEGABYTE
         for i, gpu in enumerate(self._gpus):
             figures |= {f"gpu_{i}_{name}": value for name, value in _of_gpu(gpu).items()}
-        return {f"system/{name}": float(value) for name, value in figures.items()}
+        return figures
 
 
 def _gpus() -> list[Any]:

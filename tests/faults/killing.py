@@ -93,7 +93,7 @@ def writer(moments: random.Random) -> Deed:
                 written = of.reach_write()
                 a_while(moments, WRITE_SECONDS)
                 rank_0.suspend()
-                while rank_0.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+                while rank_0.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
                     time.sleep(0.001)
                 if written.exists():  # and lies there, half-written, until the next driver begins
                     break

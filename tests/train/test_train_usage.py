@@ -73,3 +73,15 @@ def test_gpus_are_told_by_mlflows_names_where_there_are_any(monkeypatch: pytest.
     told = {name: value for name, value in usage.host().items() if name.startswith("system/gpu_")}
     assert told == {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
     assert told["system/gpu_1_memory_usage_percentage"] == 50
+
+
+def test_a_host_that_hides_its_figures_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("not in this sandbox")
+
+    for name in ("cpu_percent", "net_io_counters", "virtual_memory", "disk_usage"):
+        monkeypatch.setattr(psutil, name, refuse)
+    monkeypatch.setattr(psutil.Process, "memory_info", refuse)
+    usage = Usage()
+    time.sleep(0.3)
+    assert (usage.host(), usage.process()) == ({}, {})
