@@ -195,16 +195,20 @@ class S3Place(Place):
         found = (path.split("/") for path in self.find(MANIFEST.lower()))
         return sorted(parts[0] for parts in found if parts[1:] == [MANIFEST])
 
-    def commit_folder(self, files: Mapping[str, bytes]) -> dict[str, Any]:
+    def commit_folder(self, files: Mapping[str, bytes], check: Callable[[], None] | None = None) -> dict[str, Any]:
         """As in a folder of this host's: objects first, the manifest last. What a kill in between leaves has no
         manifest, and is written over, or removed by who knows that nobody is at it."""
         manifest = manifest_of(files)
         if (self / MANIFEST).exists():
             if self._holds(manifest):  # by a writer of the same bits
                 return manifest
+            if check is not None:
+                check()
             self.remove()
         for name, data in files.items():
             (self / name).write(data)
+        if check is not None:
+            check()
         (self / MANIFEST).write(dump_manifest(manifest))
         return manifest
 

@@ -187,8 +187,9 @@ class Place:
         _sync_folder(folder)
         return True
 
-    def commit_folder(self, files: Mapping[str, bytes]) -> dict[str, Any]:
-        """Commit a folder of files with a manifest (sha256 of each); the folder appears whole or not at all.
+    def commit_folder(self, files: Mapping[str, bytes], check: Callable[[], None] | None = None) -> dict[str, Any]:
+        """Commit a folder of files with a manifest (sha256 of each); the folder appears whole or not at all. `check`,
+        called when all but that is done, may still refuse by what it raises.
 
         A folder that is there already under this name is replaced; a kill in that moment may leave neither, and what
         is committed so can be made again. Returns the manifest.
@@ -206,6 +207,8 @@ class Place:
             if self._holds(manifest):  # by a writer of the same bits
                 shutil.rmtree(temporary)
                 return manifest
+            if check is not None:
+                check()
             self.remove()
             os.rename(temporary, self.path)
         except BaseException:

@@ -167,6 +167,24 @@ def test_a_folder_is_committed_as_one_on_a_disk_is(root: S3Place, tmp_path: Path
         place.remove()
 
 
+def test_a_folder_whose_writer_is_stopped_at_the_last_moment_is_not_there_and_the_older_one_is(
+    root: S3Place, tmp_path: Path
+) -> None:
+    """As a worker of an earlier attempt is, whom a later one has superseded while it wrote."""
+
+    def refuse() -> None:
+        raise RuntimeError("superseded")
+
+    for place in (root / "x", Place.of(tmp_path) / "x"):
+        with pytest.raises(RuntimeError, match="superseded"):
+            place.commit_folder(FILES, refuse)
+        assert place.parent.committed() == []
+        place.commit_folder({"c": b"older"})
+        with pytest.raises(RuntimeError, match="superseded"):
+            place.commit_folder(FILES, refuse)
+        assert place.read_folder() == {"c": b"older"}
+
+
 def test_a_folder_that_is_there_is_not_written_again(root: S3Place, proxy: FaultyProxy) -> None:
     (root / "x").commit_folder(FILES)
     proxy.seen = {}

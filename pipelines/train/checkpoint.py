@@ -7,7 +7,7 @@ each. It appears whole or not at all; a damaged one is named and passed over for
 
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,9 +67,17 @@ class Checkpoints:
                     if name.isdigit() and name not in whole:
                         (place / name).remove()
 
-    def save(self, checkpoint: Checkpoint, keep: int, every: int | None = None, also: Collection[int] = ()) -> None:
+    def save(
+        self,
+        checkpoint: Checkpoint,
+        keep: int,
+        every: int | None = None,
+        also: Collection[int] = (),
+        check: Callable[[], None] | None = None,
+    ) -> None:
         """Commit a checkpoint and thin out all but the last `keep`, those at multiples of `every` steps, and those of
-        the steps in `also`.
+        the steps in `also`. `check` is called just before the checkpoint is there, and before others are removed: what
+        it raises leaves them as they are.
         """
         state = {
             "format": FORMAT,
@@ -86,13 +94,15 @@ class Checkpoints:
             **({PROFILES: _tensors(_flattened(checkpoint.profiles))} if checkpoint.profiles else {}),
             STATE: (json.dumps(state, indent=2, sort_keys=True) + "\n").encode(),
         }
-        self.at(checkpoint.step).commit_folder(files)
+        self.at(checkpoint.step).commit_folder(files, check)
         if checkpoint.skipped_in_a_row:
             return  # it may be past help: the last good one must not make room for it
         # Only what this one supersedes: a later one that was passed over as damaged is not a reason to lose it.
         pinned = set((self.place / _PINS).list())
         for step in [step for step in self.steps() if step <= checkpoint.step][:-keep]:
             if str(step) not in pinned and step not in also and (every is None or step % every):
+                if check is not None:
+                    check()
                 self.at(step).remove()
 
     def save_snapshot(self, step: int, profiles: Mapping[float, Mapping[str, Tensor]]) -> None:
