@@ -32,7 +32,7 @@ lint: $(READY)  ## lint, format, types, import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY)  ## training's speed against a bare loop, over an hour; what was measured is in docs/benchmarks-training.md
+bench: $(READY)  ## training's speed against a bare loop, over an hour: writes docs/benchmarks-training.md
 	$(BIN)/python -m benchmarks.training --resume --write
 
 clean:  ## remove what make made
