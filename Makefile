@@ -1,5 +1,5 @@
 # Everything below sets itself up: `make demo` and `make test` work in a fresh clone.
-.PHONY: demo test lint cluster faults clean
+.PHONY: demo test lint cluster faults bench clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -31,6 +31,9 @@ lint: $(READY)  ## lint, format, types, import contract
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(READY)  ## training's speed against a bare loop, over an hour: writes docs/benchmarks-training.md
+	$(BIN)/python -m benchmarks.training --resume --write
 
 clean:  ## remove what make made
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

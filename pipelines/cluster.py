@@ -95,10 +95,17 @@ def _session(address: str | None) -> Iterator[None]:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     on_terminate = signal.getsignal(signal.SIGTERM)
-    with _local() if address is None else _joined(address):
-        if threading.current_thread() is threading.main_thread():
-            # Ray takes SIGTERM for itself and dies of it on the spot; we have things to put away.
-            signal.signal(signal.SIGTERM, on_terminate)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_local() if address is None else _joined(address))
+        except SystemExit as end:
+            if end.code == signal.SIGTERM:  # met while Ray's handler was in the place of ours
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                # Ray takes SIGTERM for itself and dies of it on the spot; we have things to put away.
+                signal.signal(signal.SIGTERM, on_terminate)
         yield
 
 

@@ -23,9 +23,11 @@ def explain(error: pydantic.ValidationError, root: type[pydantic.BaseModel]) -> 
     field = ".".join(path)
     if problem["type"] == "extra_forbidden":
         known = list(section.model_fields) if section else []
-        near = nearest(path[-1], known)
+        # Here or one of the whole: `train.seed` is often written for `seed`.
+        near = nearest(path[-1], [*known, *root.model_fields])
+        here = path[:-1] if near in known else []
         return f"unknown field {field}: " + (
-            f"did you mean {'.'.join([*path[:-1], near])}?" if near else f"fields here: {', '.join(known)}"
+            f"did you mean {'.'.join([*here, near])}?" if near else f"fields here: {', '.join(known)}"
         )
     if problem["type"] == "missing":
         return f"{field}: this field is required"

@@ -33,6 +33,7 @@ def test_a_written_spec_is_the_spec_also_where_nothing_is_meant() -> None:
     [
         ("train.imagse=3", "unknown field train.imagse: did you mean train.images?"),
         ("trian.images=3", "unknown field trian: did you mean train?"),
+        ("train.sed=1", "unknown field train.sed: did you mean seed?"),
         ("diffusion.schedule={betastart: 3}", "did you mean diffusion.schedule.beta_start?"),
         ("train.images=many", "train.images: "),
         ("train.images=1.5", "train.images: "),
