@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pipelines.data.manifest import Dataset
-from pipelines.files import StorageError
 from pipelines.progress import Progress
 from pipelines.spec import Spec
 from pipelines.train.run import Run
@@ -76,6 +75,6 @@ class Shipper:
         """How the MLflow run ends; not at all where another process drives the run on, a longer one."""
         if self._driven:
             return self._status
-        with contextlib.suppress(StorageError):
+        with contextlib.suppress(Exception):  # where that cannot be learnt, nothing is ended
             return None if self._run.is_driven() else self._status
         return None
