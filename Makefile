@@ -24,7 +24,7 @@ cluster: $(READY)  ## the tests that start a cluster of their own
 	$(BIN)/python -m pytest -m cluster
 
 faults: $(READY)  ## kills, outages and damage through the real product, at moments drawn from FAULTS_SEED (said at the start)
-	$(BIN)/python -m pytest -m 'faults or not faults' tests/faults
+	$(BIN)/python -m pytest -m faults
 
 lint: $(READY)  ## lint, format, types, import contract
 	$(BIN)/ruff check .

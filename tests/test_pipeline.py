@@ -251,6 +251,7 @@ def newest_train_worker() -> int:
     return max(workers, key=psutil.Process.create_time).pid
 
 
+@pytest.mark.faults
 def test_a_killed_driver_and_then_a_killed_worker_change_no_bit(
     cluster: Cluster, ray_address: str, tmp_path: Path
 ) -> None:

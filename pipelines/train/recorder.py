@@ -255,7 +255,13 @@ class _Writer:
                 doing = f"checkpoint {checkpoint.step}"
                 self._run.journal.commit(self._attempt, rows)
                 also = kept_for_scores(self._run, self._train)
-                self._run.checkpoints.save(checkpoint, self._train.keep_checkpoints, self._train.keep_every, also)
+                self._run.checkpoints.save(
+                    checkpoint,
+                    self._train.keep_checkpoints,
+                    self._train.keep_every,
+                    also,
+                    check=lambda: check_newest(self._run, self._attempt),
+                )
             for score, grid in scores:
                 doing = f"the score of step {score.step}"
                 self._run.scores.commit(score, grid)

@@ -140,7 +140,7 @@ def test_two_workers_make_the_same_bits_as_one(
 
 def test_a_worker_too_many_has_nothing_to_do_and_ranks_share_a_score(dataset: Dataset, tmp_path: Path) -> None:
     """Three processes, four slots: two share them, and the scores; both end where these say."""
-    train_fields = {**keyed_spec().train.model_dump(), "workers": 3, "learning_rate": 1e-12, "images": 10**6}
+    train_fields = {**keyed_spec().train.model_dump(), "workers": 3, "learning_rate": 1e-12, "images": 3200}
     ends = {"score": {"every_images": 64, "images": 20, "timesteps": 2, "grid": 2}, "plateau": {"patience_images": 128}}
     spec = keyed_spec(train={**train_fields, **ends})
     run, alone = (make_run(spec, dataset, tmp_path / name) for name in ("three", "one"))

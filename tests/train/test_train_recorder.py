@@ -129,11 +129,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     trainer = Trainer(spec, dataset, run, World())
     commit, steps = Checkpoints.save, []
 
-    def late(self: Checkpoints, checkpoint: Checkpoint, *keep: Any) -> None:
+    def late(self: Checkpoints, checkpoint: Checkpoint, *keep: Any, **more: Any) -> None:
         while trainer.step < 3:  # for ever, if training waited
             time.sleep(0.01)
         steps.append(trainer.step)
-        commit(self, checkpoint, *keep)
+        commit(self, checkpoint, *keep, **more)
 
     monkeypatch.setattr(Checkpoints, "save", late)
     with trainer.stream() as stream:
@@ -158,9 +158,9 @@ def test_a_storage_that_hangs_holds_up_no_step_for_long(
     trainer = Trainer(spec, dataset, run, World())
     commit, answers = Checkpoints.save, threading.Event()
 
-    def hang(self: Checkpoints, checkpoint: Checkpoint, *keep: Any) -> None:
+    def hang(self: Checkpoints, checkpoint: Checkpoint, *keep: Any, **more: Any) -> None:
         assert answers.wait(60)
-        commit(self, checkpoint, *keep)
+        commit(self, checkpoint, *keep, **more)
 
     monkeypatch.setattr(Checkpoints, "save", hang)
     monkeypatch.setattr(recorder, "_PATIENCE_SECONDS", 0.2)
