@@ -15,10 +15,10 @@ from pipelines.spec import Spec
 from pipelines.store import Place
 from pipelines.tracking import Address, Tracker
 from pipelines.tracking.reconcile import reconcile
-from pipelines.train.loop import train
 from pipelines.train.run import Run
 from pipelines.train.scores import HeldOutScore
 from tests.conftest import tiny_spec
+from tests.train import train_helpers
 
 SPEC: Spec = tiny_spec(train__log_every=3)
 LONGER: Spec = tiny_spec(train__log_every=3, train__images=1280)
@@ -31,10 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Dataset]:
     store, data = Place.of(tmp_path_factory.mktemp("store")), SPEC.data
     recipe = {name: getattr(data, name) for name in ("image_size", "channels", "held_out", "shard_images")}
     dataset = ingest(data.source, store / "data", **recipe)
-    run = Run.of(SPEC, dataset.digest, store)
-    run.describe(SPEC, dataset.digest)
-    train(SPEC, dataset, run)
-    return run, dataset
+    return train_helpers.trained(SPEC, dataset, store.path), dataset
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The group of workers that train a run: Ray Train starts them, and starts them again when one dies."""
 
 import functools
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,8 +127,6 @@ def _cpus(spec: Spec) -> float:
 
 def _start_seconds() -> int:
     """How long Ray Train waits for a group's resources before it tries again."""
-    import os
-
     return max(1, int(float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])))
 
 
