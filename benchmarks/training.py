@@ -18,6 +18,7 @@ from benchmarks.machine import describe
 from benchmarks.presets import Preset, prepare
 from benchmarks.stepping import product, table
 from benchmarks.stepping.processes import run_group
+from pipelines.sections.train import Score
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks-training.md"
@@ -26,6 +27,7 @@ ROUNDS = 15
 START_ROUNDS = 7
 """Of what takes many seconds and is held to a bound far from what it takes."""
 ACCOUNT_ROUNDS = 5
+SCORING_ROUNDS = 3
 TOGETHER = 5
 """Rounds of sides that share their processes, before these are started anew."""
 
@@ -39,13 +41,15 @@ class Sizes:
     """Steps of a side in its turn."""
     account: tuple[int, int]
     """Steps between two checkpoints, and checkpoints."""
+    scoring: int
+    """Steps, before a score."""
 
 
 SIZES = {
     # Seconds a step. Of a second of training there is less than one checkpoint; a round has one.
-    "fashion-mnist": Sizes(product.Race(15, 3, 8, 7, log_every=5), 2, (5, 3)),
+    "fashion-mnist": Sizes(product.Race(15, 3, 8, 7, log_every=5), 2, (5, 3), 5),
     # Hundredths of a second a step: whole intervals of the preset.
-    "digits": Sizes(product.Race(375, 25, 125, 125, log_every=10), 40, (125, 2)),
+    "digits": Sizes(product.Race(375, 25, 125, 125, log_every=10), 40, (125, 2), 50),
 }
 
 
@@ -133,7 +137,19 @@ def measure(name: str, preset: Preset, wanted: Callable[[str], int], kept: Kept,
         )
         return [{**done, "interval": spec.train.checkpoint_every}]
 
+    def scoring(*_: int) -> list[dict[str, Any]]:
+        done = run_group(
+            "benchmarks.stepping.account:scoring",
+            preset.workers,
+            spec.train.threads,
+            spec=preset.having(score=Score()).model_dump(mode="json"),
+            dataset=dataset,
+            steps=sizes.scoring,
+        )
+        return [{**done, "interval": spec.train.checkpoint_every}]
+
     kept.collect(f"account {name}", wanted("account"), account)
+    kept.collect(f"scoring {name}", wanted("scoring"), scoring)
     kept.collect(f"reduction {name}", wanted("reduction"), reduction)
     kept.collect(f"slots {name}", wanted("slots"), slots)
     if first:
@@ -153,13 +169,14 @@ def _starts(name: str, preset: Preset, wanted: Callable[[str], int], kept: Kept,
             kept.collect(
                 f"{stage} {name}",
                 wanted(stage),
-                lambda *_, seconds=seconds: [{"seconds": seconds(preset, address, work)}],
+                lambda *_, seconds=seconds: [seconds(preset, address, work)],
             )
 
 
 def main() -> None:
     stages = {
         "account": ACCOUNT_ROUNDS,
+        "scoring": SCORING_ROUNDS,
         "reduction": ROUNDS,
         "slots": ROUNDS,
         "workers": ROUNDS,

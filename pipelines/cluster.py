@@ -35,6 +35,8 @@ _SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Whoever finds no Ray, for an interrupt ends ours in just that moment, must not start one of its own.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     # Ray gives its workers way to everything else on the host; they are what the user asked for.
     "RAY_worker_niceness": "0",
 }

@@ -100,3 +100,24 @@ def account(world: World, spec: dict[str, Any], dataset: str, checkpoint_every: 
     whole = sum(times)
     shares = {part: seconds / whole for part, seconds in parts.seconds.items()}
     return {"shares": {**shares, REST: 1 - sum(shares.values())}, "step": statistics.median(times), "blocked": blocked}
+
+
+def scoring(world: World, spec: dict[str, Any], dataset: str, steps: int) -> dict[str, float]:
+    """Of rank 0: seconds of a `score` that all ranks take together, the first of a run included, and of a `step`."""
+    parsed, opened = parse_spec(spec), Dataset.open(Place.of(dataset))
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [folder]
+        dist.broadcast_object_list(folders)
+        trainer = Trainer(parsed, opened, Run.of(parsed, opened.digest, Place.of(folders[0])), world)
+        times = []
+        with trainer.stream() as stream:
+            for _ in range(WARM_UP + steps):
+                began = time.perf_counter()
+                trainer.take_step(stream)
+                times.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            trainer.score(trainer.step)
+            score = time.perf_counter() - began
+        trainer.recorder.settle()
+        dist.barrier()
+    return {"score": score, "step": statistics.median(times[WARM_UP:])}

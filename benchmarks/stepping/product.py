@@ -88,14 +88,15 @@ def warm_cluster() -> Iterator[str]:
         yield str(cluster.connect().get_runtime_context().gcs_address)
 
 
-def first_step(preset: Preset, address: str, root: Path) -> float:
-    """Seconds from the command to the end of the run's first step, on a cluster that is up."""
+def first_step(preset: Preset, address: str, root: Path) -> dict[str, float]:
+    """Seconds from the command until the run's first step begins, and until it is `done`, on a cluster that is up."""
     began = time.time()
-    rows = _rows(_train(_joining(preset.lasting(2, log_every=1), address), root))
-    return rows[0].time_ms / 1e3 - began
+    first = _rows(_train(_joining(preset.lasting(2, log_every=1), address), root))[0]
+    done = first.time_ms / 1e3 - began
+    return {"seconds": done - preset.spec.train.global_batch / first.wall["images_per_second"], "done": done}
 
 
-def recovery(preset: Preset, address: str, root: Path) -> float:
+def recovery(preset: Preset, address: str, root: Path) -> dict[str, float]:
     """Seconds from a worker's SIGKILL to the end of the first step after it, on a cluster that is up."""
     spec = _joining(preset.lasting(8, checkpoint_every=2, log_every=1), address)
     killed: list[float] = []
@@ -114,7 +115,7 @@ def recovery(preset: Preset, address: str, root: Path) -> float:
     if not again:
         raise RuntimeError(f"{run.name} was over before its worker could be killed")
     first_row = json.loads((journal / min(again)).read().decode().splitlines()[1])
-    return first_row["time_ms"] / 1e3 - killed[0]
+    return {"seconds": first_row["time_ms"] / 1e3 - killed[0]}
 
 
 def _joining(spec: Spec, address: str) -> Spec:

@@ -1,11 +1,13 @@
 """What the rounds say: a row each, and the page that shows them."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from benchmarks.stepping.account import EXCHANGE, FORWARD_BACKWARD, MERGING, OPTIMIZER
+from pipelines.train.pace import SCORING_SHARE
 
 Round = Mapping[str, Any]
 Rounds = Mapping[str, Sequence[Round]]
@@ -78,6 +80,13 @@ def _blocked(one: Round) -> float:
     return statistics.fmean(one["blocked"]) / (one["interval"] * one["step"])
 
 
+def _scoring(one: Round) -> float:
+    """Share of the time that scores take, at the fewest whole checkpoint intervals that ranks leave between them."""
+    interval = one["interval"] * one["step"]
+    intervals = math.ceil((one["score"] / SCORING_SHARE - one["score"]) / interval)
+    return float(one["score"] / (intervals * interval + one["score"]))
+
+
 def _outside(one: Round) -> float:
     return 1 - _of_step(FORWARD_BACKWARD, EXCHANGE, MERGING, OPTIMIZER)(one)
 
@@ -106,7 +115,9 @@ def measures(presets: Sequence[str]) -> list[Measure]:
         if preset == presets[0]:
             add("two-workers", "workers", "ratio", lambda one: one["one"] / one["two"], 1.85, 1.7)
             add("command-to-first-step", "first step", "seconds", lambda one: one["seconds"], None, 15.0)
+            add("command-to-first-step-done", "first step", "seconds", lambda one: one["done"], None, 15.0)
             add("recovery", "recovery", "seconds", lambda one: one["seconds"], None, 15.0)
+        add("scoring", "scoring", "share", _scoring, None, SCORING_SHARE)
         add("outside-compute", "account", "share", _outside)
         add("checkpoint-blocked", "account", "share", _blocked, None, 0.01)
         add("data-wait", "race", "share", lambda one: one["data wait"])
@@ -171,9 +182,11 @@ preset's name are of the preset `fashion-mnist`. Ratios are of speeds, ours over
   own all-reduce, two workers; nothing else differs, and both alternate in the same processes.
 - **slots**: the product's loop without Ray, one worker, with the preset's slots against one slot of the whole batch.
 - **two-workers**: the product's loop without Ray, W = 2 against W = 1, one thread each, in the same processes.
-- **command-to-first-step**: from `ddpm train` to the end of the run's first step, images ingested before, on a local
-  Ray cluster that is up.
+- **command-to-first-step**: from `ddpm train` to where the run's first step begins, images ingested before, on a local
+  Ray cluster that is up; **-done**: to the end of that step.
 - **recovery**: from SIGKILL of a worker to the end of the first step after it (which is a lost one, made again).
+- **scoring**: share of the time that held-out scores of the default size take where all ranks pause for them: a score
+  with all that a run's first one sets up, at the fewest of the preset's checkpoint intervals that may lie between two.
 - **outside-compute**: share of a step's time in the product's own processes that is neither forward and backward nor
   the sum of gradients nor the optimizer with its average.
 - **checkpoint-blocked**: what a checkpoint keeps training waiting, over the preset's interval between two.

@@ -60,7 +60,7 @@ def fit(
     anything did. The run's lock is the caller's. Failed where the training diverged.
     """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     notes = _notes_of(run)
     config = {
@@ -71,7 +71,7 @@ def fit(
     }
     least, most = spec.train.least_workers, spec.train.most_workers
     elastic = least != most
-    trainer = TorchTrainer(
+    trainer = _trainer()(
         functools.partial(_worker, at_checkpoint=at_checkpoint),
         train_loop_config=config,
         torch_config=TorchConfig(timeout_s=int(PATIENCE.total_seconds())),
@@ -100,6 +100,20 @@ def fit(
     if outcome["failed"] is not None:
         raise Failed(outcome["failed"])
     return outcome["why"]
+
+
+@functools.cache
+def _trainer() -> Any:
+    """Torch's trainer without an actor for Ray Data, which serves no images here: a process less to start."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+
+    class OwnReader(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            made: list[Any] = super()._create_default_callbacks()
+            return [callback for callback in made if not isinstance(callback, DatasetsCallback)]
+
+    return OwnReader
 
 
 def on_gpu(spec: Spec) -> bool:

@@ -1,7 +1,6 @@
 """A dataset of 100,000 shards and 10^9 images is opened in a moment, and any position in it found in another."""
 
 import hashlib
-import statistics
 import subprocess
 import sys
 import time
@@ -44,10 +43,10 @@ print(time.perf_counter() - began, resident() - before, order.n)
     seconds, megabytes, n = map(float, done.stdout.split())
     assert n == SHARDS * ROWS
     assert megabytes < 200  # measured 110
-    assert seconds < 2  # measured 0.4
+    assert seconds < 10  # measured 0.4; one look at every image takes minutes
 
 
-def test_any_position_is_found_in_milliseconds(huge: Place) -> None:
+def test_any_position_is_found_without_a_look_at_all_others(huge: Place) -> None:
     order = Dataset.open(huge).split("train").order(4, 0)
     first_in_epoch: list[float] = []
     after: list[float] = []
@@ -59,10 +58,10 @@ def test_any_position_is_found_in_milliseconds(huge: Place) -> None:
             times.append(time.perf_counter() - began)
         assert 0 <= shard[0] < SHARDS
         assert 0 <= row[0] < ROWS
-    # Measured 0.002 and 0.0001. The best of them, for the machine may have other things to do: what must not come
-    # back is work that grows with the samples, or a table of Python numbers made for every epoch.
-    assert min(first_in_epoch) < 0.005
-    assert statistics.median(after) < 0.005
+    # Measured 0.002 and 0.0001. What must not come back is work that grows with the samples, which takes seconds; a
+    # bound near to what is measured would test the machine.
+    assert min(first_in_epoch) < 0.1
+    assert min(after) < 0.1
 
 
 def test_positions_in_a_huge_order_stay_what_they_are() -> None:
