@@ -177,7 +177,7 @@ def sweep(
     from pipelines.spec import load_spec
 
     parsed = load_spec(spec, overrides or ())
-    with session_of(parsed, storage, tracking_uri) as session:
+    with session_of(parsed, storage, tracking_uri, for_tune=True) as session:
         outputs = run_sweep(parsed, session)
     print_result(as_json, outputs, lambda: show_sweep(outputs))
 

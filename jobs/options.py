@@ -32,12 +32,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 
 
 @contextlib.contextmanager
-def session_of(spec: Any, storage: str | None, tracking_uri: str | None) -> Iterator[Any]:
+def session_of(spec: Any, storage: str | None, tracking_uri: str | None, for_tune: bool = False) -> Iterator[Any]:
     """What a verb works with; stdout is kept for its result."""
     from jobs.live import listener
     from pipelines.cluster import Cluster
     from pipelines.session import open_session
 
     address = spec.ray.address if spec is not None else None
-    with quiet_stdout(), listener() as progress, Cluster(address) as cluster:
+    with quiet_stdout(), listener() as progress, Cluster(address, for_tune) as cluster:
         yield open_session(cluster, progress, spec, storage, tracking_uri)

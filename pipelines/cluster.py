@@ -31,7 +31,8 @@ _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # The controller looks at its workers this often; it bounds start and end of every run.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -42,13 +43,23 @@ _SETTINGS = {
 }
 
 
+_LEAN = {
+    # What nobody looks at where the cluster lives as long as one verb: on two cores, its upkeep is training's loss.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
+
+
 class Cluster:
     """Ray, started or joined at the first use, so that a verb with nothing to do starts nothing."""
 
-    def __init__(self, address: str | None) -> None:
-        self._address = address
+    def __init__(self, address: str | None, for_tune: bool = False) -> None:
+        """for_tune: whether Ray Tune will use it, which asks the dashboard's State API which trials are alive."""
+        self._address, self._for_tune = address, for_tune
         self._stack = contextlib.ExitStack()
         self._connected = False
+        self._own = False
 
     def __enter__(self) -> "Cluster":
         return self
@@ -59,11 +70,16 @@ class Cluster:
     def connect(self) -> Any:
         """The `ray` module, connected."""
         if not self._connected:
-            self._stack.enter_context(_session(self._address))
+            self._own = self._stack.enter_context(_session(self._address, self._for_tune))
             self._connected = True
         import ray
 
         return ray
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it was started here, and nobody else uses it."""
+        return self._own
 
     def check_cpus(self, field: str, need: int) -> None:
         """UserError, naming the field, where no task of so many CPUs can ever run: it takes them on one host."""
@@ -93,13 +109,14 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def _session(address: str | None) -> Iterator[None]:
+def _session(address: str | None, for_tune: bool) -> Iterator[bool]:
+    """Whether the cluster is our own."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     on_terminate = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(_local() if address is None else _joined(address))
+            own = stack.enter_context(_local(for_tune) if address is None else _joined(address))
         except SystemExit as end:
             if end.code == signal.SIGTERM:  # met while Ray's handler was in the place of ours
                 raise KeyboardInterrupt from None
@@ -108,11 +125,11 @@ def _session(address: str | None) -> Iterator[None]:
             if threading.current_thread() is threading.main_thread():
                 # Ray takes SIGTERM for itself and dies of it on the spot; we have things to put away.
                 signal.signal(signal.SIGTERM, on_terminate)
-        yield
+        yield own
 
 
 @contextlib.contextmanager
-def _joined(address: str) -> Iterator[None]:
+def _joined(address: str) -> Iterator[bool]:
     _check_answers(address)
     import ray
 
@@ -121,7 +138,7 @@ def _joined(address: str) -> Iterator[None]:
     except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise UserError(f"ray.address: cannot join {address}: {one_line(error)}") from None
     try:
-        yield
+        yield False
     finally:
         ray.shutdown()
 
@@ -138,7 +155,7 @@ def _check_answers(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _local() -> Iterator[None]:
+def _local(for_tune: bool) -> Iterator[bool]:
     # With no mode said, Ray turns tokens on as it starts, also in a process that has imported it long before; a mode
     # set here would come too late for that one.
     os.environ.pop("RAY_AUTH_MODE", None)
@@ -148,12 +165,14 @@ def _local() -> Iterator[None]:
     import ray
 
     if ray.is_initialized():  # by whoever called us as a library: theirs to end
-        yield
+        yield False
         return
     if " " in sys.executable:
         raise UserError(f"Ray cannot start workers by {sys.executable}: move the environment to a path without spaces")
     # Ray's helpers look for their cluster by the host's processes, and give up where there are two of them (a trial's
     # placement group then stays for ever): tell every worker which one it belongs to.
+    for name, value in _LEAN.items():
+        os.environ.setdefault(name, value)
     port = _free_port()
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     _remove_folders_of_the_dead()
@@ -165,8 +184,7 @@ def _local() -> Iterator[None]:
         os.environ["TMPDIR"] = folder
         ray.init(
             num_cpus=len(os.sched_getaffinity(0)),
-            # Tune asks the dashboard's State API which trials are alive; without it, placement groups leak.
-            include_dashboard=True,
+            include_dashboard=for_tune,  # without it, placement groups of Tune's leak
             dashboard_host="127.0.0.1",
             object_store_memory=_OBJECT_STORE_BYTES,
             # Below ours, which is closed to other users: Ray opens its own to all.
@@ -176,11 +194,19 @@ def _local() -> Iterator[None]:
             **_QUIET,
         )
         _put_back("TMPDIR", temporary)
-        yield
+        _end_log_monitor()
+        yield True
     finally:
         _put_back("TMPDIR", temporary)
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_log_monitor() -> None:
+    """It reads the workers' logs ten times a second, for a driver that does not want them."""
+    from ray._private.worker import _global_node
+
+    _global_node.kill_log_monitor(check_alive=False)
 
 
 def _put_back(name: str, value: str | None) -> None:

@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A local Ray, started as the product starts it."""
-    with Cluster(None) as cluster:
+    with Cluster(None, for_tune=True) as cluster:
         cluster.connect()
         yield cluster
 

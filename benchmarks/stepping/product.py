@@ -84,7 +84,7 @@ def race_bare(preset: Preset, race: Race) -> dict[str, float]:
 @contextmanager
 def warm_cluster() -> Iterator[str]:
     """The address of a Ray cluster on this host, which `ddpm` of this process's environment can join."""
-    with Cluster(None) as cluster:
+    with Cluster(None, for_tune=True) as cluster:  # with all that a cluster of a user's has
         yield str(cluster.connect().get_runtime_context().gcs_address)
 
 

@@ -76,7 +76,7 @@ def certify(
     undisturbed, disturbed = (_begun(spec, dataset, place / name) for name in ("undisturbed", "disturbed"))
     with undisturbed.driving():
         progress.start("undisturbed", f"{steps} steps")
-        fit(_shortened(spec, steps, spec.train.most_workers), dataset, undisturbed)
+        fit(_shortened(spec, steps, spec.train.most_workers), dataset, undisturbed, alone=cluster.is_own)
         progress.finish("undisturbed", f"{steps} steps")
     seed = random.SystemRandom().randrange(2**32)
     with disturbed.driving():
@@ -125,7 +125,7 @@ class _Disturbance:
     ) -> None:
         self.spec, self.dataset, self.disturbed, self.progress = spec, dataset, run, progress
         self.steps, self.kills, self.moments = steps, kills, moments
-        self.turns = _numbers_of_workers(spec, cluster)
+        self.turns, self.alone = _numbers_of_workers(spec, cluster), cluster.is_own
         self.killed: list[Kill] = []
         self.took_turns: list[int] = []
 
@@ -147,7 +147,7 @@ class _Disturbance:
 
         def work() -> None:
             try:
-                fit(_shortened(self.spec, self.steps, workers), self.dataset, self.disturbed)
+                fit(_shortened(self.spec, self.steps, workers), self.dataset, self.disturbed, alone=self.alone)
             except BaseException as error:  # raised where the turn ends
                 errors.append(error)
             finally:

@@ -24,14 +24,14 @@ _RESIZE_SECONDS = 10
 
 
 def fit_through_deaths(
-    spec: Spec, dataset: Dataset, run: Run, say: Callable[[str], None], scores: bool = True
+    spec: Spec, dataset: Dataset, run: Run, say: Callable[[str], None], scores: bool = True, alone: bool = False
 ) -> Why | None:
     """`fit`, begun again where the group is past help though the run got on, or where its controller died."""
     controllers = 0
     while True:
         before = _newest(run)
         try:
-            return fit(spec, dataset, run, scores=scores)
+            return fit(spec, dataset, run, scores=scores, alone=alone)
         except Failed:
             raise
         except Exception as error:
@@ -55,9 +55,11 @@ def fit(
     callbacks: Sequence[Any] = (),
     at_checkpoint: Hook | None = None,
     scores: bool = True,
+    alone: bool = False,
 ) -> Why | None:
     """Train with a group of Ray Train workers, in a process connected to Ray; what ended it before `train.images`, if
-    anything did. The run's lock is the caller's. Failed where the training diverged.
+    anything did. The run's lock is the caller's. `alone`: nothing else runs on the cluster. Failed where the training
+    diverged.
     """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
@@ -71,7 +73,7 @@ def fit(
     }
     least, most = spec.train.least_workers, spec.train.most_workers
     elastic = least != most
-    trainer = _trainer()(
+    trainer = _trainer(alone)(
         functools.partial(_worker, at_checkpoint=at_checkpoint),
         train_loop_config=config,
         torch_config=TorchConfig(timeout_s=int(PATIENCE.total_seconds())),
@@ -96,6 +98,8 @@ def fit(
     try:
         outcome: dict[str, Any] = trainer.fit().return_value
     finally:
+        if alone:
+            _remove_placement_groups()
         notes.remove()
     if outcome["failed"] is not None:
         raise Failed(outcome["failed"])
@@ -103,17 +107,32 @@ def fit(
 
 
 @functools.cache
-def _trainer() -> Any:
-    """Torch's trainer without an actor for Ray Data, which serves no images here: a process less to start."""
+def _trainer(alone: bool) -> Any:
+    """Torch's trainer with fewer helpers beside the workers, each of which is a process that starts and takes its share
+    of the CPUs: none for Ray Data, which serves no images here, and none where `alone` that waits for the controller's
+    death, to free what it held; the driver does.
+    """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    class OwnReader(TorchTrainer):
+    left_out = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else DatasetsCallback
+
+    class WithFewerHelpers(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            made: list[Any] = super()._create_default_callbacks()
-            return [callback for callback in made if not isinstance(callback, DatasetsCallback)]
+            return [made for made in super()._create_default_callbacks() if not isinstance(made, left_out)]
 
-    return OwnReader
+    return WithFewerHelpers
+
+
+def _remove_placement_groups() -> None:
+    """Free what a dead controller's group held; one that lives has freed it."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    for name, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def on_gpu(spec: Spec) -> bool:

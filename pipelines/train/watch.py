@@ -20,7 +20,7 @@ from pipelines.train.end import Why, plateau_end
 from pipelines.train.group import explained, fit_through_deaths
 from pipelines.train.run import Run
 
-_WATCH_SECONDS = 0.25
+_WATCH_SECONDS = 0.5
 _CLUSTER_SECONDS = 1.0
 _SCORES_SECONDS = 5.0
 """Between looks at the scores in a store where each is a request."""
@@ -88,7 +88,9 @@ class Watch:
     def _fit(self) -> None:
         ranks_score = self._beside is None
         try:
-            self._why = fit_through_deaths(self._spec, self._dataset, self._run, self._progress.say, ranks_score)
+            self._why = fit_through_deaths(
+                self._spec, self._dataset, self._run, self._progress.say, ranks_score, self._cluster.is_own
+            )
         except BaseException as error:  # handed to the main thread
             self._failure = error
         finally:
