@@ -165,9 +165,10 @@ _PROSE = """
 # Training, measured
 
 This page is written by `python -m benchmarks.training --write` (over an hour on two cores; `--resume` goes on with an
-interrupted run), together with `benchmarks/results/training.json`. Both sides of a row take turns, so that a slow
-minute of the machine meets them both; a value is the median over the rounds, with the quartiles. Rows without a
-preset's name are of the preset `fashion-mnist`. Ratios are of speeds, ours over theirs: above 1 is faster.
+interrupted run, `--presets fashion-mnist` leaves `digits` out), together with `benchmarks/results/training.json`. Both
+sides of a row take turns, so that a slow minute of the machine meets them both; a value is the median over the rounds,
+with the quartiles. Rows without a preset's name are of the preset `fashion-mnist`. Ratios are of speeds, ours over
+theirs: above 1 is faster.
 
 - **product-vs-loop**: `ddpm train` as a user starts it (Ray Train, its own local Ray, shards, journal, checkpoints,
   MLflow in sqlite, scoring off) against a bare loop in processes of its own, with no Ray on the host: the same network,
@@ -177,7 +178,7 @@ preset's name are of the preset `fashion-mnist`. Ratios are of speeds, ours over
   a whole run of each; start-up and first steps are left out, by the journal's timestamps here, by the loop's clock
   there. At
   `fashion-mnist` a round is short and has one checkpoint: it and the steps that follow count as often as the preset's
-  `checkpoint_every` has them. At `digits` a round has two whole checkpoint intervals of the preset.
+  `checkpoint_every` has them; at `digits`, where it is measured, a round has two whole checkpoint intervals.
 - **reduction**: that bare loop with the gradients summed in the fixed tree (`pipelines/train/reduce.py`) against DDP's
   own all-reduce, two workers; nothing else differs, and both alternate in the same processes.
 - **slots**: the product's loop without Ray, one worker, with the preset's slots against one slot of the whole batch.
