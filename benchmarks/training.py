@@ -19,6 +19,7 @@ from benchmarks.presets import Preset, prepare
 from benchmarks.stepping import product, table
 from benchmarks.stepping.processes import run_group
 from pipelines.sections.train import Score
+from pipelines.train.scoring import scoring_calls
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks-training.md"
@@ -146,7 +147,8 @@ def measure(name: str, preset: Preset, wanted: Callable[[str], int], kept: Kept,
             dataset=dataset,
             steps=sizes.scoring,
         )
-        return [{**done, "interval": spec.train.checkpoint_every}]
+        calls = scoring_calls(preset.having(score=Score())) / spec.train.global_batch  # in steps' worth of images
+        return [{**done, "interval": spec.train.checkpoint_every, "calls": calls}]
 
     kept.collect(f"account {name}", wanted("account"), account)
     kept.collect(f"scoring {name}", wanted("scoring"), scoring)

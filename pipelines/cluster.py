@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from pipelines.errors import UserError, one_line
 
 _PREFIX = "ddpm-"
 _ANSWER_SECONDS = 10.0
+_END_SECONDS = 2.0
+"""For Ray's processes to end by themselves."""
 _OBJECT_STORE_BYTES = 256 * 2**20
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -32,16 +34,12 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # The controller looks at its workers this often; it bounds start and end of every run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Whoever finds no Ray, for an interrupt ends ours in just that moment, must not start one of its own.
-    "RAY_ENABLE_AUTO_CONNECT": "0",
     # Ray gives its workers way to everything else on the host; they are what the user asked for.
     "RAY_worker_niceness": "0",
 }
-
 
 _LEAN = {
     # What nobody looks at where the cluster lives as long as one verb: on two cores, its upkeep is training's loss.
@@ -55,7 +53,9 @@ class Cluster:
     """Ray, started or joined at the first use, so that a verb with nothing to do starts nothing."""
 
     def __init__(self, address: str | None, for_tune: bool = False) -> None:
-        """for_tune: whether Ray Tune will use it, which asks the dashboard's State API which trials are alive."""
+        """for_tune: whether Ray Tune will use it, which asks the dashboard's State API which trials are alive; of no
+        meaning to one that is joined.
+        """
         self._address, self._for_tune = address, for_tune
         self._stack = contextlib.ExitStack()
         self._connected = False
@@ -80,6 +80,12 @@ class Cluster:
     def is_own(self) -> bool:
         """Whether it was started here, and nobody else uses it."""
         return self._own
+
+    def check_serves_tune(self) -> None:
+        """ValueError where it was started here without what Ray Tune needs."""
+        self.connect()
+        if self._own and not self._for_tune:
+            raise ValueError("a cluster that Ray Tune uses is Cluster(None, for_tune=True)")
 
     def check_cpus(self, field: str, need: int) -> None:
         """UserError, naming the field, where no task of so many CPUs can ever run: it takes them on one host."""
@@ -113,6 +119,7 @@ def _session(address: str | None, for_tune: bool) -> Iterator[bool]:
     """Whether the cluster is our own."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    _start_no_other()
     on_terminate = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:
         try:
@@ -171,17 +178,15 @@ def _local(for_tune: bool) -> Iterator[bool]:
         raise UserError(f"Ray cannot start workers by {sys.executable}: move the environment to a path without spaces")
     # Ray's helpers look for their cluster by the host's processes, and give up where there are two of them (a trial's
     # placement group then stays for ever): tell every worker which one it belongs to.
-    for name, value in _LEAN.items():
-        os.environ.setdefault(name, value)
     port = _free_port()
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     _remove_folders_of_the_dead()
     _stay_on_loopback()
-    temporary = os.environ.get("TMPDIR")
+    before = {name: os.environ.get(name) for name in ("TMPDIR", *_LEAN)}
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_short_temporary_root())
     try:
         # What Ray's own processes leave in the temporary folder is to go with ours.
-        os.environ["TMPDIR"] = folder
+        os.environ.update({"TMPDIR": folder, **_LEAN, **{n: v for n, v in before.items() if v and n in _LEAN}})
         ray.init(
             num_cpus=len(os.sched_getaffinity(0)),
             include_dashboard=for_tune,  # without it, placement groups of Tune's leak
@@ -193,12 +198,14 @@ def _local(for_tune: bool) -> Iterator[bool]:
             runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}", "TMPDIR": folder}},
             **_QUIET,
         )
-        _put_back("TMPDIR", temporary)
+        _put_back(before)
         _end_log_monitor()
         yield True
     finally:
-        _put_back("TMPDIR", temporary)
+        _put_back(before)
+        family = _started_for(folder)
         ray.shutdown()
+        _end(family)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -209,11 +216,41 @@ def _end_log_monitor() -> None:
     _global_node.kill_log_monitor(check_alive=False)
 
 
-def _put_back(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
+def _start_no_other() -> None:
+    """Whoever finds no Ray, for an interrupt ends ours in just that moment, must not start one of its own."""
+    from ray._private import auto_init_hook
+
+    auto_init_hook.enable_auto_connect = False
+
+
+def _put_back(before: Mapping[str, str | None]) -> None:
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _started_for(folder: str) -> list[Any]:
+    """The processes of the Ray that keeps its files there: those that this one started, and all that these did."""
+    import psutil
+
+    found: list[Any] = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(folder in word for word in process.cmdline()):
+                found += [process, *process.children(recursive=True)]
+    return found
+
+
+def _end(family: list[Any]) -> None:
+    """Kill what lives on: a worker of Ray's now and then waits for itself in its own last moment, for ever."""
+    import psutil
+
+    _, alive = psutil.wait_procs(family, timeout=_END_SECONDS)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _stay_on_loopback() -> None:

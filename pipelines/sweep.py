@@ -138,7 +138,7 @@ def trial_specs(spec: Spec) -> list[tuple[dict[str, Any], Spec]]:
 def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Trial]:
     """Train and score every trial; finished ones first, by bits/dim. Failed where one broke off, or none finished."""
     assert spec.sweep is not None
-    session.cluster.connect()
+    session.cluster.check_serves_tune()
     from ray import tune
 
     trials = trial_specs(spec)

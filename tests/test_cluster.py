@@ -70,11 +70,16 @@ def test_a_process_that_had_imported_ray_gets_tokens_and_loopback_too() -> None:
             cluster.connect()
             from ray._raylet import AuthenticationMode, get_authentication_mode
             print(get_authentication_mode() == AuthenticationMode.TOKEN, ray.get_runtime_context().gcs_address)
+        try:
+            ray.nodes()
+        except ray.exceptions.RaySystemError:
+            print("none is started in its place")
     """
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     environment = {**surroundings, "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    token_on, address = done.stdout.split()
+    (token_on, address), ended = done.stdout.splitlines()[0].split(), done.stdout.splitlines()[1:]
+    assert ended == ["none is started in its place"], done.stderr
     assert token_on == "True", done.stderr
     assert address.startswith("127.0.0.1:")

@@ -84,16 +84,18 @@ def race_bare(preset: Preset, race: Race) -> dict[str, float]:
 @contextmanager
 def warm_cluster() -> Iterator[str]:
     """The address of a Ray cluster on this host, which `ddpm` of this process's environment can join."""
-    with Cluster(None, for_tune=True) as cluster:  # with all that a cluster of a user's has
+    with Cluster(None, for_tune=True) as cluster:  # with a dashboard, as a user's has
         yield str(cluster.connect().get_runtime_context().gcs_address)
 
 
 def first_step(preset: Preset, address: str, root: Path) -> dict[str, float]:
-    """Seconds from the command until the run's first step begins, and until it is `done`, on a cluster that is up."""
+    """Seconds from the command until the workers are set up for the run's first step, `begun`, and until it is `done`,
+    on a cluster that is up.
+    """
     began = time.time()
     first = _rows(_train(_joining(preset.lasting(2, log_every=1), address), root))[0]
     done = first.time_ms / 1e3 - began
-    return {"seconds": done - preset.spec.train.global_batch / first.wall["images_per_second"], "done": done}
+    return {"begun": done - preset.spec.train.global_batch / first.wall["images_per_second"], "done": done}
 
 
 def recovery(preset: Preset, address: str, root: Path) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from benchmarks.stepping.account import EXCHANGE, FORWARD_BACKWARD, MERGING, OPTIMIZER
-from pipelines.train.pace import SCORING_SHARE
+from pipelines.train.pace import FORWARD_SHARE, SCORING_SHARE
 
 Round = Mapping[str, Any]
 Rounds = Mapping[str, Sequence[Round]]
@@ -81,10 +81,12 @@ def _blocked(one: Round) -> float:
 
 
 def _scoring(one: Round) -> float:
-    """Share of the time that scores take, at the fewest whole checkpoint intervals that ranks leave between them."""
-    interval = one["interval"] * one["step"]
-    intervals = math.ceil((one["score"] / SCORING_SHARE - one["score"]) / interval)
-    return float(one["score"] / (intervals * interval + one["score"]))
+    """Share of the time that scores have taken after a run's first one, which is let in by what it is expected to take,
+    at the end of a checkpoint's interval.
+    """
+    interval, expected = one["interval"] * one["step"], one["calls"] * FORWARD_SHARE * one["step"]
+    before = math.ceil(expected / SCORING_SHARE / interval) * interval
+    return float(one["score"] / (before + one["score"]))
 
 
 def _outside(one: Round) -> float:
@@ -114,7 +116,7 @@ def measures(presets: Sequence[str]) -> list[Measure]:
         add("slots", "slots", "ratio", lambda one: one["one"] / one["many"])
         if preset == presets[0]:
             add("two-workers", "workers", "ratio", lambda one: one["one"] / one["two"], 1.85, 1.7)
-            add("command-to-first-step", "first step", "seconds", lambda one: one["seconds"], None, 15.0)
+            add("command-to-first-step", "first step", "seconds", lambda one: one["begun"], None, 15.0)
             add("command-to-first-step-done", "first step", "seconds", lambda one: one["done"], None, 15.0)
             add("recovery", "recovery", "seconds", lambda one: one["seconds"], None, 15.0)
         add("scoring", "scoring", "share", _scoring, None, SCORING_SHARE)
@@ -183,11 +185,12 @@ theirs: above 1 is faster.
   own all-reduce, two workers; nothing else differs, and both alternate in the same processes.
 - **slots**: the product's loop without Ray, one worker, with the preset's slots against one slot of the whole batch.
 - **two-workers**: the product's loop without Ray, W = 2 against W = 1, one thread each, in the same processes.
-- **command-to-first-step**: from `ddpm train` to where the run's first step begins, images ingested before, on a local
-  Ray cluster that is up; **-done**: to the end of that step.
+- **command-to-first-step**: from `ddpm train` to where the workers are set up and go for the first step's images, which
+  were ingested before, on a local Ray cluster that is up (with its dashboard, without metrics); **-done**: to the end
+  of that step.
 - **recovery**: from SIGKILL of a worker to the end of the first step after it (which is a lost one, made again).
-- **scoring**: share of the time that held-out scores of the default size take where all ranks pause for them: a score
-  with all that a run's first one sets up, at the fewest of the preset's checkpoint intervals that may lie between two.
+- **scoring**: share of the time that held-out scores of the default size take where all ranks pause for them, when a
+  run has taken its first one, the dearest: it sets things up, and is let in by what it is expected to take.
 - **outside-compute**: share of a step's time in the product's own processes that is neither forward and backward nor
   the sum of gradients nor the optimizer with its average.
 - **checkpoint-blocked**: what a checkpoint keeps training waiting, over the preset's interval between two.

@@ -1,5 +1,6 @@
 """The group of workers that train a run: Ray Train starts them, and starts them again when one dies."""
 
+import contextlib
 import functools
 import os
 import tempfile
@@ -24,9 +25,17 @@ _RESIZE_SECONDS = 10
 
 
 def fit_through_deaths(
-    spec: Spec, dataset: Dataset, run: Run, say: Callable[[str], None], scores: bool = True, alone: bool = False
+    spec: Spec,
+    dataset: Dataset,
+    run: Run,
+    say: Callable[[str], None],
+    is_given_up: Callable[[], bool],
+    scores: bool = True,
+    alone: bool = False,
 ) -> Why | None:
-    """`fit`, begun again where the group is past help though the run got on, or where its controller died."""
+    """`fit`, begun again where the group is past help though the run got on, or where its controller died; not any
+    more once the run's lock `is_given_up`.
+    """
     controllers = 0
     while True:
         before = _newest(run)
@@ -38,7 +47,7 @@ def fit_through_deaths(
             got_on = _newest(run) > before
             controllers = 0 if got_on else controllers + 1
             by_controller = _is_death(error)
-            if not (got_on or (by_controller and controllers <= _CONTROLLER_FAILURES)):
+            if is_given_up() or not (got_on or (by_controller and controllers <= _CONTROLLER_FAILURES)):
                 raise
             what = (
                 "Ray Train's controller died"
@@ -95,11 +104,15 @@ def fit(
             worker_runtime_env={"env_vars": worker_environment(spec.train.threads)},
         ),
     )
+    before = _placement_groups() if alone else set()
     try:
         outcome: dict[str, Any] = trainer.fit().return_value
-    finally:
+    except BaseException:
         if alone:
-            _remove_placement_groups()
+            with contextlib.suppress(Exception):  # the failure itself is what there is to tell
+                _remove(_placement_groups() - before)
+        raise
+    finally:
         notes.remove()
     if outcome["failed"] is not None:
         raise Failed(outcome["failed"])
@@ -109,30 +122,42 @@ def fit(
 @functools.cache
 def _trainer(alone: bool) -> Any:
     """Torch's trainer with fewer helpers beside the workers, each of which is a process that starts and takes its share
-    of the CPUs: none for Ray Data, which serves no images here, and none where `alone` that waits for the controller's
-    death, to free what it held; the driver does.
+    of the CPUs: none for Ray Data, which serves no images here, and where `alone` none that waits for the controller's
+    death, to free what it held (the driver does), nor metrics for a dashboard.
     """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback, WorkerMetricsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    left_out = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else DatasetsCallback
+    left_out = [DatasetsCallback]
+    if alone:
+        left_out += [PlacementGroupCleanerCallback, ControllerMetricsCallback, WorkerMetricsCallback]
 
     class WithFewerHelpers(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            return [made for made in super()._create_default_callbacks() if not isinstance(made, left_out)]
+            return [made for made in super()._create_default_callbacks() if not isinstance(made, tuple(left_out))]
 
     return WithFewerHelpers
 
 
-def _remove_placement_groups() -> None:
-    """Free what a dead controller's group held; one that lives has freed it."""
-    from ray import PlacementGroupID
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+def _placement_groups() -> set[str]:
+    """Ids of those that hold resources, or wait for them."""
+    import ray
+    from ray.util.placement_group import placement_group_table
 
-    for name, group in placement_group_table().items():
-        if group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+    if not ray.is_initialized():  # ended by an interrupt, and its groups with it
+        return set()
+    return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
+
+
+def _remove(groups: set[str]) -> None:
+    """Free what the group of a controller that died held; one that lives has freed it."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for name in groups:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def on_gpu(spec: Spec) -> bool:

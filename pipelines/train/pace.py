@@ -17,7 +17,7 @@ SCORING_SHARE = 0.05
 """Of the time on the wall that ranks may spend on scores, if no interval is given."""
 
 _LOOK_SECONDS = 0.2
-_FORWARD_SHARE = 1 / 3
+FORWARD_SHARE = 1 / 3
 """Of a training step: what an image costs the network that only looks at it."""
 
 
@@ -73,7 +73,7 @@ class Pace:
             return False
         elapsed = now - self._began
         image = elapsed / max(1, self._steps - 1) / self._train.global_batch
-        cost = self._calls * image * _FORWARD_SHARE if self._last_score is None else self._last_score
+        cost = self._calls * image * FORWARD_SHARE if self._last_score is None else self._last_score
         return self._scoring + cost <= SCORING_SHARE * elapsed
 
 

@@ -48,6 +48,7 @@ class Watch:
         self._check_held = check_held
         self._storage_is_away = False
         self._over = threading.Event()  # not the thread's word: of one whose `join` was interrupted it says it ended
+        self._left = threading.Event()
         self._why: Why | None = None
         self._failure: BaseException | None = None
         self._trouble: str | None = None
@@ -72,6 +73,7 @@ class Watch:
             self._leave(attempt, "the workers stop after this step, with a checkpoint")
             raise
         finally:
+            self._left.set()
             if self._beside is not None:
                 self._beside.cancel()
         if self._failure is not None:
@@ -89,7 +91,13 @@ class Watch:
         ranks_score = self._beside is None
         try:
             self._why = fit_through_deaths(
-                self._spec, self._dataset, self._run, self._progress.say, ranks_score, self._cluster.is_own
+                self._spec,
+                self._dataset,
+                self._run,
+                self._progress.say,
+                self._left.is_set,
+                scores=ranks_score,
+                alone=self._cluster.is_own,
             )
         except BaseException as error:  # handed to the main thread
             self._failure = error

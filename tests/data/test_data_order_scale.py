@@ -1,6 +1,7 @@
 """A dataset of 100,000 shards and 10^9 images is opened in a moment, and any position in it found in another."""
 
 import hashlib
+import statistics
 import subprocess
 import sys
 import time
@@ -60,8 +61,8 @@ def test_any_position_is_found_without_a_look_at_all_others(huge: Place) -> None
         assert 0 <= row[0] < ROWS
     # Measured 0.002 and 0.0001. What must not come back is work that grows with the samples, which takes seconds; a
     # bound near to what is measured would test the machine.
-    assert min(first_in_epoch) < 0.1
-    assert min(after) < 0.1
+    assert first_in_epoch[0] < 2
+    assert statistics.median(first_in_epoch + after) < 0.1
 
 
 def test_positions_in_a_huge_order_stay_what_they_are() -> None:

@@ -1,12 +1,15 @@
 """Another number of workers from one start to the next, and workers that end in other ways than by a kill."""
 
+import os
 import random
 import signal
+from pathlib import Path
 
 import pytest
 
-from tests.faults.command import Command, a_while, end_by
-from tests.faults.conftest import STEPS
+from tests.faults import killing
+from tests.faults.command import Command, a_while, command, end_by, write_spec
+from tests.faults.conftest import STEPS, Tell
 from tests.faults.evidence import assert_same_bits
 
 TURNS = (1, 2, 1, 4)
@@ -47,3 +50,15 @@ def test_a_worker_that_is_told_to_end_is_replaced(
     end_by(signal.SIGTERM, disturbed.worker(moment.attempt, moments.randrange(2)))
     assert disturbed.finish().result["attempts"] == moment.attempt + 1
     assert_same_bits(undisturbed, disturbed)
+
+
+@pytest.mark.faults
+def test_what_a_dead_controller_held_is_free_for_the_next(tmp_path: Path, moments: random.Random, tell: Tell) -> None:
+    """Of the command's own Ray, whose CPUs the workers need all of."""
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    whole = {"train__workers": 2, "train__threads": threads, "train__oversubscribe": False}
+    with command(write_spec(tmp_path / "spec.yaml", STEPS, **whole), tmp_path / "store") as given:
+        given.start()
+        kill = killing.kill("controller", killing.controller(moments), given, moments.randint(1, STEPS // 2), 0)
+        tell(f"  {kill}")
+        assert given.finish().result["attempts"] == kill.attempt + 1
