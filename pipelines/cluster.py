@@ -186,7 +186,9 @@ def _local(for_tune: bool) -> Iterator[bool]:
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_short_temporary_root())
     try:
         # What Ray's own processes leave in the temporary folder is to go with ours.
-        os.environ.update({"TMPDIR": folder, **_LEAN, **{n: v for n, v in before.items() if v and n in _LEAN}})
+        os.environ["TMPDIR"] = folder
+        for name, value in _LEAN.items():
+            os.environ.setdefault(name, value)
         ray.init(
             num_cpus=len(os.sched_getaffinity(0)),
             include_dashboard=for_tune,  # without it, placement groups of Tune's leak
