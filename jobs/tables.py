@@ -103,6 +103,9 @@ def show_models(models: Sequence[Mapping[str, Any]]) -> None:
 
 def show_reconciled(done: Sequence[Reconciled]) -> None:
     """Runs, and what their trackers got now."""
+    if not done:
+        _console().print("no run there was to be told to a tracker")
+        return
     table = _table(("run", "left"), ("steps sent", "right"), ("tracker", "left"), ("", "left"))
     for told in done:
         table.add_row(told.run, f"{told.steps:,}", told.tracker, told.error or "has all")

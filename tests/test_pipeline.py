@@ -67,6 +67,14 @@ def test_the_second_run_does_nothing_and_starts_no_cluster(result: Result, share
     assert (again.version, again.samples) == (result.version, result.samples)
 
 
+def test_a_run_that_cannot_begin_is_none(shared: Session) -> None:
+    before = set((shared.store / "runs").list()) if (shared.store / "runs").exists() else set()
+    with pytest.raises(UserError, match=r"^train\.workers: 64 workers of 1 thread need 64 CPUs"):
+        run(tiny_spec(train__workers=64, train__slots=64, train__global_batch=64), shared)
+    after = {name for name in (shared.store / "runs").list() if (shared.store / "runs" / name / "run.json").exists()}
+    assert after <= before
+
+
 def test_a_changed_field_runs_only_what_depends_on_it(result: Result, shared: Session) -> None:
     more = run(tiny_spec(train__workers=2, sample__n=40), shared)
     assert more.steps_done == ["sample"]

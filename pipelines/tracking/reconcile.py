@@ -38,6 +38,7 @@ def reconcile(store: Place, name: str | None, tracking_uri: str | None, progress
     """
     down: dict[str, str] = {}
     done = []
+    progress.start("reconcile")
     runs = [find_run(name, store)] if name is not None else list(_tracked(store))
     for position, run in enumerate(runs, start=1):
         done += _reconcile(run, store, tracking_uri, down)

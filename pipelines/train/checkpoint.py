@@ -75,10 +75,7 @@ class Checkpoints:
         also: Collection[int] = (),
         check: Callable[[], None] | None = None,
     ) -> None:
-        """Commit a checkpoint and thin out all but the last `keep`, those at multiples of `every` steps, and those of
-        the steps in `also`. `check` is called just before the checkpoint is there, and before others are removed: what
-        it raises leaves them as they are.
-        """
+        """Commit a checkpoint, and `thin` those before it. `check` is called just before it is there, too."""
         state = {
             "format": FORMAT,
             "step": checkpoint.step,
@@ -95,11 +92,23 @@ class Checkpoints:
             STATE: (json.dumps(state, indent=2, sort_keys=True) + "\n").encode(),
         }
         self.at(checkpoint.step).commit_folder(files, check)
-        if checkpoint.skipped_in_a_row:
-            return  # it may be past help: the last good one must not make room for it
-        # Only what this one supersedes: a later one that was passed over as damaged is not a reason to lose it.
+        if not checkpoint.skipped_in_a_row:  # else it may be past help: the last good one must not make room for it
+            self.thin(checkpoint.step, keep, every, also, check)
+
+    def thin(
+        self,
+        last: int,
+        keep: int,
+        every: int | None = None,
+        also: Collection[int] = (),
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """Remove those up to step `last`, but for the last `keep` of them, those at multiples of `every` steps, and
+        those of the steps in `also`. `check` is called before each: what it raises leaves the others as they are.
+        """
+        # Only what `last` supersedes: a later one that was passed over as damaged is not a reason to lose it.
         pinned = set((self.place / _PINS).list())
-        for step in [step for step in self.steps() if step <= checkpoint.step][:-keep]:
+        for step in [step for step in self.steps() if step <= last][:-keep]:
             if str(step) not in pinned and step not in also and (every is None or step % every):
                 if check is not None:
                     check()

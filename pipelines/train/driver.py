@@ -14,11 +14,22 @@ from pipelines.data.reader import Reader
 from pipelines.errors import UserError
 from pipelines.files import StorageError
 from pipelines.progress import Progress, counted
+from pipelines.sections import Train
 from pipelines.spec import Spec
 from pipelines.store import DamageError, Place
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import EMA, MODEL
-from pipelines.train.end import End, Why, awaited_scores, known_end, last_step, lost_scores, plateau_end, record_end
+from pipelines.train.end import (
+    End,
+    Why,
+    awaited_scores,
+    kept_for_scores,
+    known_end,
+    last_step,
+    lost_scores,
+    plateau_end,
+    record_end,
+)
 from pipelines.train.group import on_gpu, workers_needed
 from pipelines.train.run import Run, environment
 from pipelines.train.watch import Watch
@@ -58,14 +69,13 @@ def train(
         )
     _check_not_past_its_end(run, spec)
     with run.driving() as check_held:
+        _check_resources(spec, cluster)  # first: a run that cannot begin is none
         run.describe(spec, dataset.digest)
         # Workers look again; here, a damaged one is named where the user reads it.
         if (step := run.checkpoints.latest_step()) is not None:
             progress.say(f"run {run.name} goes on from step {step:,}")
-            cluster.connect()
             _say_what_changed(run.checkpoints.environment(step), "cuda" if on_gpu(spec) else "cpu", progress)
             _say_what_was_damaged(run, dataset, progress)
-        _check_resources(spec, cluster)
         with tracker.shipping(run, spec, dataset, progress):
             try:
                 # By scores that were taken before, the end may have been reached already.
@@ -79,12 +89,21 @@ def train(
                     progress.say(f"run {run.name} {kept}")
                 raise
             _record_end(run, spec, why, progress)
+            if trained(run, spec) is not None:
+                thin(run, spec.train)
     done = trained(run, spec)
     if done is None:
         raise RuntimeError(f"run {run.name} ended without its last checkpoint, see {run.place}")
     run.checkpoints.pin(done.step)
     _say_what_was_damaged(run, dataset, progress)
     return done
+
+
+def thin(run: Run, train: Train) -> None:
+    """Remove the best checkpoint so far of a run that is done, where its last score, which came later, was better."""
+    if train.keep_best:
+        last, also = last_step(run, train), kept_for_scores(run, train)
+        run.checkpoints.thin(last, train.keep_checkpoints, train.keep_every, also)
 
 
 def trained(run: Run, spec: Spec) -> Trained | None:

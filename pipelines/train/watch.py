@@ -168,7 +168,7 @@ class Watch:
             self._progress.say(f"warning: {live['trouble']}; training goes on, and tries again at the next checkpoint")
         self._trouble = live["trouble"]
         workers = (live["workers"], live["idle"])
-        if workers != self._workers and train.least_workers < train.most_workers:
+        if workers != self._workers and (workers[1] or train.least_workers < train.most_workers):
             idle = f"; {workers[1]} more would not divide {train.slots} slots and wait" if workers[1] else ""
             self._progress.say(f"{counted(workers[0], 'worker')} train{'s' if workers[0] == 1 else ''}{idle}")
         self._workers = workers

@@ -20,7 +20,7 @@ from pipelines.errors import UserError
 from pipelines.evaluate.chance import choose_images
 from pipelines.sections import Plateau
 from pipelines.store import Place
-from pipelines.train import pace
+from pipelines.train import driver, pace
 from pipelines.train.checkpoint import EMA
 from pipelines.train.end import awaited_scores
 from pipelines.train.loop import train
@@ -140,9 +140,18 @@ def test_the_best_score_is_the_first_of_the_least() -> None:
 
 
 def test_the_best_checkpoint_is_kept(dataset: Dataset, tmp_path: Path) -> None:
+    assert kept_of_scores([1.0, 0.5, 2.0, 3.0], dataset, tmp_path) == [10, 20]
+
+
+def test_a_best_that_comes_last_leaves_no_other(dataset: Dataset, tmp_path: Path) -> None:
+    assert kept_of_scores([4.0, 3.0, 2.0, 1.0], dataset, tmp_path) == [20]
+
+
+def kept_of_scores(bits: list[float], dataset: Dataset, root: Path) -> list[int]:
+    """Steps whose checkpoints are kept of a run with these scores when its driver is done."""
     spec = scored_spec(keep_best=True, keep_checkpoints=1, images=640)
-    run = Run.of(spec, dataset.digest, Place.of(tmp_path))
-    worse = iter([1.0, 0.5, 2.0, 3.0])
+    run = Run.of(spec, dataset.digest, Place.of(root))
+    worse = iter(bits)
     commit = Scores.commit
 
     def scored(self: Scores, score: HeldOutScore, grid: bytes) -> None:
@@ -151,7 +160,8 @@ def test_the_best_checkpoint_is_kept(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scores, "commit", scored)
         train(spec, dataset, run)
-    assert run.checkpoints.steps() == [10, 20]
+    driver.thin(run, spec.train)
+    return run.checkpoints.steps()
 
 
 def test_without_an_interval_ranks_score_in_a_twentieth_of_the_time(
