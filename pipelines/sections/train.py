@@ -51,9 +51,9 @@ class Plateau(Section):
     """The end of a run whose held-out bits/dim does not fall any more."""
 
     patience_images: PositiveInt
-    """Images without a gain after which the run ends, with what it is then."""
+    """Images without a gain; the run ends at the first score that comes so long after the last one that was."""
     least_gain: Annotated[float, Field(ge=0)] = 0.0
-    """A score counts as a gain if it lies more than so many bits/dim below the best."""
+    """A score counts as a gain if it lies more than so many bits/dim below that of the last gain."""
 
 
 def _checked_workers(value: Any) -> Any:

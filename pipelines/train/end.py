@@ -29,7 +29,12 @@ class End:
     def told(self, train: Train) -> str:
         """In words, with what makes it again without a clock or scores."""
         images = self.step * train.global_batch
-        reason = "its budget was spent" if self.why == "budget" else "its held-out score got no better"
+        reason = "its budget was spent"
+        if self.why == "plateau":
+            assert train.plateau is not None
+            least, patience = train.plateau.least_gain, train.plateau.patience_images
+            gain = f"gained no more than {least:g} bits/dim" if least else "got no better"
+            reason = f"its held-out score {gain} in {patience:,} images"
         return f"ended at {images:,} images, for {reason}: `train.images: {images}` makes the same model again"
 
 
