@@ -20,12 +20,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError, one_line
+from pipelines.errors import Failed, UserError, one_line
 
 _PREFIX = "ddpm-"
 _ANSWER_SECONDS = 10.0
 _END_SECONDS = 2.0
 """For Ray's processes to end by themselves."""
+_STARTS = 3
 _OBJECT_STORE_BYTES = 256 * 2**20
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -176,10 +177,6 @@ def _local(for_tune: bool) -> Iterator[bool]:
         return
     if " " in sys.executable:
         raise UserError(f"Ray cannot start workers by {sys.executable}: move the environment to a path without spaces")
-    # Ray's helpers look for their cluster by the host's processes, and give up where there are two of them (a trial's
-    # placement group then stays for ever): tell every worker which one it belongs to.
-    port = _free_port()
-    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     _remove_folders_of_the_dead()
     _stay_on_loopback()
     before = {name: os.environ.get(name) for name in ("TMPDIR", *_LEAN)}
@@ -189,17 +186,7 @@ def _local(for_tune: bool) -> Iterator[bool]:
         os.environ["TMPDIR"] = folder
         for name, value in _LEAN.items():
             os.environ.setdefault(name, value)
-        ray.init(
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=for_tune,  # without it, placement groups of Tune's leak
-            dashboard_host="127.0.0.1",
-            object_store_memory=_OBJECT_STORE_BYTES,
-            # Below ours, which is closed to other users: Ray opens its own to all.
-            _temp_dir=f"{folder}/r",
-            _node_ip_address="127.0.0.1",
-            runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}", "TMPDIR": folder}},
-            **_QUIET,
-        )
+        _start(ray, folder, for_tune)
         _put_back(before)
         _end_log_monitor()
         yield True
@@ -209,6 +196,34 @@ def _local(for_tune: bool) -> Iterator[bool]:
         ray.shutdown()
         _end(family)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(ray: Any, folder: str, for_tune: bool) -> None:
+    """Start Ray there; again where it took too long, for Ray itself waits for 30 s only, however busy the host is."""
+    for left in reversed(range(_STARTS)):
+        # Ray's helpers look for their cluster by the host's processes, and give up where there are two of them (a
+        # trial's placement group then stays for ever): tell every worker which one it belongs to.
+        port = _free_port()
+        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+        try:
+            ray.init(
+                num_cpus=len(os.sched_getaffinity(0)),
+                include_dashboard=for_tune,  # without it, placement groups of Tune's leak
+                dashboard_host="127.0.0.1",
+                object_store_memory=_OBJECT_STORE_BYTES,
+                # Below ours, which is closed to other users: Ray opens its own to all.
+                _temp_dir=f"{folder}/r",
+                _node_ip_address="127.0.0.1",
+                runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}", "TMPDIR": folder}},
+                **_QUIET,
+            )
+            return
+        except Exception as error:
+            if type(error) is not Exception:  # which is all the type that a start that took too long has
+                raise
+            _end(_started_for(folder))
+            if not left:
+                raise Failed(f"Ray did not start on this host in {_STARTS} attempts: {one_line(error)}") from None
 
 
 def _end_log_monitor() -> None:

@@ -83,3 +83,28 @@ def test_a_process_that_had_imported_ray_gets_tokens_and_loopback_too() -> None:
     assert ended == ["none is started in its place"], done.stderr
     assert token_on == "True", done.stderr
     assert address.startswith("127.0.0.1:")
+
+
+@pytest.mark.faults
+def test_a_ray_that_does_not_come_up_in_time_is_started_again() -> None:
+    code = """
+        import sys, time
+        from ray._private import services
+        from pipelines.cluster import Cluster
+        find, began = services.get_node, time.monotonic()
+
+        def late(*arguments):
+            if time.monotonic() - began < float(sys.argv[1]):
+                time.sleep(0.5)
+                raise RuntimeError("not there yet")
+            return find(*arguments)
+
+        services.get_node = late
+        with Cluster(None) as cluster:
+            ray = cluster.connect()
+            print(len(ray.nodes()), ray.get(ray.remote(lambda: "works").remote()))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), "31"]
+    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=240)
+    assert done.stdout.split() == ["1", "works"], done.stderr
