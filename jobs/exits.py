@@ -1,5 +1,6 @@
 """How a verb's process ends: a known failure is one line on stderr and an exit code, and nothing is left behind."""
 
+import _thread
 import atexit
 import contextlib
 import errno
@@ -7,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -20,11 +22,13 @@ from pipelines.store import DamageError
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
 """What no line of ours is to blame for."""
+_ONCE_MORE_SECONDS = 0.05
 
 
 def end_process(verb: Callable[[], int | None]) -> NoReturn:
     """Run a verb and end the process: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted."""
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _once_more
     warnings.filterwarnings("once", category=UserWarning)
     warnings_to(lambda line: _say(line, 0))
     code = 1
@@ -41,6 +45,17 @@ def end_process(verb: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _once_more(lost: "sys.UnraisableHookArgs") -> None:
+    """An interrupt that met Python in a callback of the interpreter's, out of which nothing can be raised: it comes
+    again a moment later."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        timer = threading.Timer(_ONCE_MORE_SECONDS, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _exit_code(verb: Callable[[], int | None]) -> int:
