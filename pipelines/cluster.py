@@ -148,7 +148,7 @@ def _joined(address: str) -> Iterator[bool]:
     try:
         yield False
     finally:
-        ray.shutdown()
+        _shut_down(ray)
 
 
 def _check_answers(address: str) -> None:
@@ -193,7 +193,7 @@ def _local(for_tune: bool) -> Iterator[bool]:
     finally:
         _put_back(before)
         family = _started_for(folder)
-        ray.shutdown()
+        _shut_down(ray)
         _end(family)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -224,6 +224,14 @@ def _start(ray: Any, folder: str, for_tune: bool) -> None:
             _end(_started_for(folder))
             if not left:
                 raise Failed(f"Ray did not start on this host in {_STARTS} attempts: {one_line(error)}") from None
+
+
+def _shut_down(ray: Any) -> None:
+    """Ray's end gives SIGTERM back to the system, which kills on the spot; Python does not know of it."""
+    ray.shutdown()
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _end_log_monitor() -> None:

@@ -64,12 +64,16 @@ def test_a_task_takes_its_cpus_on_one_host(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_process_that_had_imported_ray_gets_tokens_and_loopback_too() -> None:
     """Ray reads both settings when it is imported, which is before we are asked, where we are a library."""
     code = """
-        import os, ray
+        import os, ray, signal
         from pipelines.cluster import Cluster
         with Cluster(None) as cluster:
             cluster.connect()
             from ray._raylet import AuthenticationMode, get_authentication_mode
             print(get_authentication_mode() == AuthenticationMode.TOKEN, ray.get_runtime_context().gcs_address)
+        signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM is ours"))
+        with Cluster(None) as cluster:
+            cluster.connect()
+        signal.raise_signal(signal.SIGTERM)
         try:
             ray.nodes()
         except ray.exceptions.RaySystemError:
@@ -80,7 +84,7 @@ def test_a_process_that_had_imported_ray_gets_tokens_and_loopback_too() -> None:
     environment = {**surroundings, "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     (token_on, address), ended = done.stdout.splitlines()[0].split(), done.stdout.splitlines()[1:]
-    assert ended == ["none is started in its place"], done.stderr
+    assert ended == ["SIGTERM is ours", "none is started in its place"], done.stderr
     assert token_on == "True", done.stderr
     assert address.startswith("127.0.0.1:")
 
