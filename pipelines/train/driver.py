@@ -89,7 +89,7 @@ def train(
                     progress.say(f"run {run.name} {kept}")
                 raise
             _record_end(run, spec, why, progress)
-            if trained(run, spec) is not None:
+            if spec.train.keep_best and trained(run, spec) is not None:
                 thin(run, spec.train)
     done = trained(run, spec)
     if done is None:
@@ -101,9 +101,8 @@ def train(
 
 def thin(run: Run, train: Train) -> None:
     """Remove the best checkpoint so far of a run that is done, where its last score, which came later, was better."""
-    if train.keep_best:
-        last, also = last_step(run, train), kept_for_scores(run, train)
-        run.checkpoints.thin(last, train.keep_checkpoints, train.keep_every, also)
+    last, also = last_step(run, train), kept_for_scores(run, train)
+    run.checkpoints.thin(last, train.keep_checkpoints, train.keep_every, also)
 
 
 def trained(run: Run, spec: Spec) -> Trained | None:
