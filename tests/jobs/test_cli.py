@@ -1,13 +1,11 @@
 """The `ddpm` command as a person meets it: one line and exit 2 for each mistake, nothing half-written."""
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -16,6 +14,7 @@ from PIL import Image
 
 from pipelines.store import Place
 from tests.conftest import write_spec
+from tests.signals import not_ignored
 
 
 def ddpm(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -158,19 +157,6 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(
     assert "Traceback" not in said
     assert not list(Path("/tmp").glob(f"ddpm-{process.pid}-*"))
     assert not processes_naming(f"ddpm-{process.pid}-")
-
-
-@contextlib.contextmanager
-def not_ignored(number: signal.Signals) -> Iterator[None]:
-    """A shell's background job, which the tests may be, ignores SIGINT, and the processes that it starts inherit it."""
-    if signal.getsignal(number) is not signal.SIG_IGN:
-        yield
-        return
-    signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def processes_naming(text: str) -> list[list[str]]:
