@@ -18,7 +18,8 @@ from pipelines.train.run import Run
 from pipelines.train.world import PATIENCE, World
 
 _WORKER_FAILURES = 5
-_CONTROLLER_FAILURES = 2
+_CONTROLLER_FAILURES = 5
+"""As many deaths in a row, of either, without a checkpoint in between are made good again."""
 START_SECONDS = 180
 """How long a group is waited for that does not find its resources."""
 _RESIZE_SECONDS = 10
@@ -234,12 +235,17 @@ def _world(slots: int) -> World | None:
 
 
 def explained(error: BaseException, spec: Spec) -> BaseException:
-    """The failure of a worker, or of a start, not Ray's wrapping of it."""
+    """The failure of a worker, of the controller or of a start, not Ray's wrapping of it."""
     if failures := getattr(error, "worker_failures", None):
         causes = {rank: getattr(failure, "cause", None) or failure for rank, failure in failures.items()}
         # Where one rank ends, the others' exchange with it does.
         rank, cause = min(causes.items(), key=lambda item: (type(item[1]) is RuntimeError, item[0]))
         return Failed(f"training worker {rank} failed: {type(cause).__name__}: {cause}")
+    if _is_death(error):
+        return Failed(
+            f"Ray Train's controller died {_CONTROLLER_FAILURES + 1} times and no checkpoint came in between; "
+            "if memory ran out, lower train.workers or train.global_batch"
+        )
     cause = error
     while cause is not None and "WorkerGroupStartup" not in type(cause).__name__:
         cause = getattr(cause, "controller_failure", None) or cause.__cause__

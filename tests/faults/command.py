@@ -21,7 +21,6 @@ import yaml
 from pipelines.store import MANIFEST, TEMPORARY, Place
 from pipelines.train.run import Run
 from tests.conftest import tiny_fields
-from tests.signals import not_ignored
 
 PATIENCE_SECONDS = 180.0
 """Longest wait for anything but the run's end, on a machine that does other things beside."""
@@ -92,7 +91,7 @@ class Command:
         words = [sys.executable, "-m", "jobs", "train", str(self.spec), "--storage", str(self.store), "--json"]
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DDPM_", "MLFLOW_"))}
         self._told = self._log.stat().st_size if self._log.exists() else 0
-        with open(self._log, "ab") as log, open(self._result, "wb") as result, not_ignored(signal.SIGINT):
+        with open(self._log, "ab") as log, open(self._result, "wb") as result:
             self._process = subprocess.Popen(
                 [*words, *options],
                 env={**ours, **self._environment},

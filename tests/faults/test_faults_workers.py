@@ -3,8 +3,10 @@
 import os
 import random
 import signal
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.faults import killing
@@ -62,3 +64,17 @@ def test_what_a_dead_controller_held_is_free_for_the_next(tmp_path: Path, moment
         kill = killing.kill("controller", killing.controller(moments), given, moments.randint(1, STEPS // 2), 0)
         tell(f"  {kill}")
         assert given.finish().result["attempts"] == kill.attempt + 1
+
+
+@pytest.mark.faults
+def test_a_controller_that_dies_over_and_over_ends_the_run_with_a_line(tmp_path: Path, moments: random.Random) -> None:
+    with command(write_spec(tmp_path / "spec.yaml", STEPS), tmp_path / "store") as given:
+        given.start(f"--set=train.checkpoint_every={STEPS}")
+        while given.is_running():
+            with suppress(AssertionError, psutil.NoSuchProcess):  # it has ended, or the controller has
+                given.reach(1, given.moment().attempt if given.begun() else 0)
+                end_by(signal.SIGKILL, given.controller())
+        ended = given.end()
+        assert ended.code == 1
+        assert "Ray Train's controller died 6 times and no checkpoint came in between" in ended.said
+        assert "Traceback" not in ended.said
