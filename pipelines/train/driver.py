@@ -1,7 +1,7 @@
 """Drives a training run from wherever it is to its end, and says what there is to say of it."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,25 @@ def train(
             f"checkpoint at {spec.train.total_steps * spec.train.global_batch:,}; ask for more, or change the seed"
         )
     _check_not_past_its_end(run, spec)
+    with _telling_how_to_go_on(run, progress):
+        return _drive(run, spec, dataset, cluster, tracker, progress)
+
+
+@contextlib.contextmanager
+def _telling_how_to_go_on(run: Run, progress: Progress) -> Iterator[None]:
+    """Say what an interrupt leaves, whenever it comes; by then all that was under way has ended."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        with contextlib.suppress(StorageError):  # an interrupt is one, wherever the storage is
+            step = run.checkpoints.latest_step()
+            on = "the same command goes on from there"
+            progress.say(f"run {run.name} {f'keeps step {step:,}, {on}' if step else 'had no checkpoint yet'}")
+        raise
+
+
+def _drive(run: Run, spec: Spec, dataset: Dataset, cluster: Cluster, tracker: Tracker, progress: Progress) -> Trained:
+    """Train a run that is not finished."""
     with run.driving() as check_held:
         _check_resources(spec, cluster)  # first: a run that cannot begin is none
         run.describe(spec, dataset.digest)
@@ -77,17 +96,9 @@ def train(
             _say_what_changed(run.checkpoints.environment(step), "cuda" if on_gpu(spec) else "cpu", progress)
             _say_what_was_damaged(run, dataset, progress)
         with tracker.shipping(run, spec, dataset, progress):
-            try:
-                # By scores that were taken before, the end may have been reached already.
-                watch = Watch(spec, dataset, run, cluster, progress, check_held)
-                why = None if _is_at_its_plateau(run, spec) else watch.run()
-            except KeyboardInterrupt:
-                with contextlib.suppress(StorageError):  # an interrupt is one, wherever the storage is
-                    step = run.checkpoints.latest_step()
-                    on = "the same command goes on from there"
-                    kept = f"keeps step {step:,}, {on}" if step else "had no checkpoint yet"
-                    progress.say(f"run {run.name} {kept}")
-                raise
+            # By scores that were taken before, the end may have been reached already.
+            watch = Watch(spec, dataset, run, cluster, progress, check_held)
+            why = None if _is_at_its_plateau(run, spec) else watch.run()
             _record_end(run, spec, why, progress)
             if spec.train.keep_best and trained(run, spec) is not None:
                 thin(run, spec.train)

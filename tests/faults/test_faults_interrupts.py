@@ -80,9 +80,7 @@ def test_an_interrupted_command_ends_soon_keeps_its_steps_and_goes_on(
         if disturbed.begun():
             kept = disturbed.kept()
             assert kept >= step
-            if (
-                kept and f"images in {STEPS} steps" not in ended.said
-            ):  # else it came after the end: there is nothing to go on
+            if kept and f"images in {STEPS} steps" not in ended.said:  # it was told as done, and Ray was put away yet
                 assert f"keeps step {kept:,}, the same command goes on from there" in ended.said
     disturbed.start()
     disturbed.finish()
