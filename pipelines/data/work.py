@@ -5,15 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from pipelines.cluster import Cluster
-from pipelines.errors import Failed, UserError
+from pipelines.errors import UserError
+from pipelines.pool import Crew, Pool
 
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
 
 _SECONDS_HERE = 3.0
 """About what Ray takes to start: what is done sooner is done here."""
-_RETRIES = 3
-"""How often a chunk whose process died is tried again."""
 
 
 def over_chunks(
@@ -25,8 +24,7 @@ def over_chunks(
     their number is said, and is not 1, everything does. UserError for less than 1. The processes end with the work,
     and with them goes what it has opened there.
 
-    `work` must be a pure function, for a chunk whose process died is run again; Failed where that is of no use. Where
-    chunks fail, the error of the first of them is raised, whichever was met first, when those in hand have ended.
+    `work` must be a pure function; where processes die or chunks fail, it is with them as `Pool` says.
     """
     if workers is not None and workers < 1:
         raise UserError(f"data.workers: {workers} is not a number of processes; give 1 or more")
@@ -43,46 +41,19 @@ def over_chunks(
 def _on_ray(
     work: Callable[[Chunk], Result], chunks: Sequence[Chunk], cluster: Cluster, workers: int
 ) -> Iterator[tuple[int, Result]]:
-    ray = cluster.connect()
     workers = min(workers, len(chunks))
     # More workers than CPUs share them: what the user asked for, and what shows that the result does not depend on it.
     cpus = min(1.0, cluster.cpus() / workers)
-    hand = ray.remote(num_cpus=cpus, max_restarts=-1, max_task_retries=_RETRIES)(_Hand)
-    shared = (ray.put(work),)  # the source's list of files, say: sent once a host, not once a chunk
-    hands = [hand.remote() for _ in range(workers)]
-    # Chunks go to those that have begun: Ray may have no room for all of them as long as the work lasts.
-    starting = {hand.ready.remote(): hand for hand in hands}
-    todo = iter(enumerate(chunks))
-    running: dict[Any, tuple[Any, int]] = {}
-    failed: dict[int, BaseException] = {}
-    following = next(todo, None)
-    try:
-        while running or (following is not None and not failed):
-            (ready,), _ = ray.wait([*running, *starting], num_returns=1)
-            done = None
-            if ready in starting:
-                hand = starting.pop(ready)
-            else:
-                hand, index = running.pop(ready)
-                try:
-                    done = index, ray.get(ready)
-                except ray.exceptions.RayTaskError as error:
-                    failed[index] = error.cause if isinstance(error.cause, Exception) else error
-                except ray.exceptions.RayActorError:
-                    failed[index] = Failed(
-                        f"data.workers: a process died {_RETRIES + 1} times over the same images; if memory ran out, "
-                        "give fewer"
-                    )
-            if following is not None and not failed:
-                running[hand.do.remote(shared, following[1])] = hand, following[0]
-                following = next(todo, None)
-            if done is not None:
-                yield done
-    finally:
-        for hand in hands:
-            ray.kill(hand)
-    if failed:
-        raise failed[min(failed)]
+    crew = Crew(
+        kind=_Hand,
+        arguments=(),
+        shared=(work,),
+        most=workers,
+        resources={"CPU": cpus},
+        blame="data.workers",
+        advice="if memory ran out, give fewer",
+    )
+    yield from Pool(cluster, crew, chunks).results()
 
 
 class _Hand:

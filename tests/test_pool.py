@@ -1,0 +1,137 @@
+"""Pools: every chunk once, whoever dies, hangs or comes late."""
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import pool as pools
+from pipelines.cluster import Cluster
+from pipelines.errors import Failed
+from pipelines.pool import DEATHS, Crew, Pool
+from pipelines.progress import Progress
+
+
+class Worker:
+    """Does what its chunk, a word, says, and notes that it did."""
+
+    def __init__(self, notes: Path) -> None:
+        self._notes = notes
+
+    def ready(self) -> None:
+        pass
+
+    def do(self, shared: tuple[Any], chunk: str) -> str:
+        import ray
+
+        assert ray.get(shared[0]) == "shared"
+        tries = len(list(self._notes.glob(f"{chunk}.*")))
+        (self._notes / f"{chunk}.{os.getpid()}.{time.monotonic_ns()}").touch()
+        verb, _, argument = chunk.partition("-")
+        if verb == "die" and tries < int(argument.partition("-")[0]):
+            os._exit(1)
+        if verb == "hang" and not tries:
+            time.sleep(60)
+        if verb == "late" and not tries:  # fails when another has done it
+            while len(list(self._notes.glob(f"{chunk}.*"))) < 2:
+                time.sleep(0.05)
+            time.sleep(0.5)
+            if argument == "dies":
+                os._exit(1)
+            raise ValueError(chunk)
+        if verb == "raise":
+            raise ValueError(argument)
+        if verb == "wait":
+            time.sleep(0.2)
+        return chunk
+
+
+def pool_of(cluster: Cluster, notes: Path, chunks: list[str], most: int = 2, cpus: float = 1.0) -> Pool:
+    crew = Crew(Worker, (notes,), ("shared",), most, {"CPU": cpus}, "field", "try less")
+    return Pool(cluster, crew, chunks)
+
+
+def done_by(pool: Pool) -> Counter[str]:
+    return Counter(result for _, result in pool.results())
+
+
+def test_each_chunk_comes_once_with_its_place(cluster: Cluster, tmp_path: Path) -> None:
+    chunks = [f"do-{i}" for i in range(20)]
+    found = list(pool_of(cluster, tmp_path, chunks).results())
+    assert sorted(found) == sorted(enumerate(chunks))
+    assert len(list(tmp_path.iterdir())) == 20
+
+
+def test_a_chunk_that_hangs_is_given_to_another(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "_SLOW_SECONDS", 1.0)
+    began = time.monotonic()
+    chunks = ["hang-0", *(f"do-{i}" for i in range(8))]
+    assert done_by(pool_of(cluster, tmp_path, chunks)) == Counter(chunks)
+    assert time.monotonic() - began < 30
+    assert len(list(tmp_path.glob("hang-0.*"))) == 2
+
+
+@pytest.mark.parametrize("way", ["raises", "dies"])
+def test_who_is_overtaken_may_fail(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(pools, "_SLOW_SECONDS", 0.5)
+    chunks = [f"late-{way}", *(f"do-{i}" for i in range(4)), *(f"wait-{i}" for i in range(20))]
+    assert done_by(pool_of(cluster, tmp_path, chunks)) == Counter(chunks)
+
+
+def test_processes_that_die_are_replaced_and_nothing_is_lost_or_doubled(cluster: Cluster, tmp_path: Path) -> None:
+    chunks = [f"die-{i % 3}-{i}" for i in range(6)]
+    pool = pool_of(cluster, tmp_path, chunks)
+    assert done_by(pool) == Counter(chunks)
+    assert pool.deaths == 6
+
+
+def test_what_ends_every_process_ends_the_work(cluster: Cluster, tmp_path: Path) -> None:
+    pool = pool_of(cluster, tmp_path, ["do-0", "die-99-0", "do-1"])
+    with pytest.raises(Failed, match=rf"field: a process died {DEATHS} times over the same images; try less"):
+        list(pool.results())
+    assert pool.deaths >= DEATHS
+
+
+def test_deaths_are_counted_in_a_row(cluster: Cluster, tmp_path: Path) -> None:
+    """A chunk may be unlucky any number of times as long as others come to their end."""
+    chunks = [f"die-{DEATHS + 1}-0", *(f"wait-{i}" for i in range(60))]
+    assert done_by(pool_of(cluster, tmp_path, chunks)) == Counter(chunks)
+
+
+def test_of_errors_the_first_chunks_is_raised(cluster: Cluster, tmp_path: Path) -> None:
+    for most in (1, 2):
+        with pytest.raises(ValueError, match=r"^first$"):
+            list(pool_of(cluster, tmp_path, ["do-0", "raise-first", "raise-second", "do-1"], most).results())
+
+
+def test_more_than_there_is_room_for_wait_on_a_cluster_that_is_joined(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cluster, "is_own", property(lambda self: False))
+    chunks = [f"wait-{i}" for i in range(12)]
+    assert done_by(pool_of(cluster, tmp_path, chunks, most=4, cpus=cluster.cpus())) == Counter(chunks)
+    assert len({note.name.split(".")[1] for note in tmp_path.iterdir()}) == 1  # room for one
+
+
+def test_who_waits_for_room_is_told(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pools, "_SAY_SECONDS", 0.5)
+    monkeypatch.setattr(Cluster, "is_own", property(lambda self: False))
+    ray = cluster.connect()
+    crew = Crew(Worker, (tmp_path,), ("shared",), 1, {"CPU": 1, "absent": 1}, "field", "")
+
+    class Told(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(Pool(cluster, crew, ["do-0"], Told()).results())
+    assert "takes 1 CPU, 1 absent" in said[0]
+    assert "0 absent free" in said[0]
+    assert ray.is_initialized()
