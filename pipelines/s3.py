@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
@@ -28,7 +28,7 @@ from pipelines.errors import UserError
 from pipelines.files import RangeFile, StorageError
 from pipelines.s3_conditional import Conditional, Seen, new_writer
 from pipelines.s3_connection import Abandoned, Endpoint, connect
-from pipelines.s3_file import S3File, missing, said_by
+from pipelines.s3_file import S3File, missing, said_by, spooled
 from pipelines.s3_lease import Lease, Terms
 from pipelines.store import MANIFEST, TEMPORARY, DamageError, Place, dump_manifest, manifest_of
 
@@ -162,7 +162,7 @@ class S3Place(Place):
             data += part
         return bytes(data)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Commit one object: it appears when all of it has arrived, and a kill before leaves the old one.
 
         Attempts that took too long are waited for, and at last cut off, before this returns. What a server had received
@@ -175,6 +175,11 @@ class S3Place(Place):
             stream.close()
 
         self.request("written", put, len(data), changes=True)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[IO[bytes]]:
+        with spooled(self.write) as file:
+            yield file
 
     def delete(self) -> None:
         """Delete this object; nothing happens where there is none. pyarrow keeps a prefix that becomes empty alive

@@ -1,9 +1,13 @@
 """An object on S3 that is read by ranges, and the words for what pyarrow says of it."""
 
+import contextlib
 import errno
+import mmap
 import os
 import re
-from typing import TYPE_CHECKING, Any
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import IO, TYPE_CHECKING, Any
 
 from pyarrow import fs
 
@@ -63,3 +67,17 @@ def missing(place: Place) -> FileNotFoundError:
 def said_by(error: BaseException) -> str:
     """What pyarrow says happened, less the part that repeats the key."""
     return one_line(OSError(re.sub(r"^When .*?: (?=AWS Error)", "", str(error), flags=re.DOTALL)))
+
+
+@contextlib.contextmanager
+def spooled(write: Callable[[memoryview], None]) -> Iterator[IO[bytes]]:
+    """A file of this host's to write in parts; `write` gets all of it when the block has ended well. What lies in it
+    takes disk, and memory only as far as there is some to spare."""
+    with tempfile.TemporaryFile() as file:
+        yield file
+        file.flush()
+        if not file.tell():  # nothing cannot be mapped
+            write(memoryview(b""))
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as whole:
+            write(whole)

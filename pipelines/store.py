@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 from pipelines.errors import UserError, one_line
 from pipelines.files import LocalFile, RangeFile, StorageError
@@ -152,17 +152,22 @@ class Place:
 
     def write(self, data: bytes) -> None:
         """Commit one file: after this returns it is whole and durable, and a kill before leaves the old one."""
-        folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
+        with self.writing() as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[IO[bytes]]:
+        """This file, to be written in parts: committed as by `write` when the block has ended well, else not at all."""
+        temporary = self._unfinished()
         try:
-            _write_durably(temporary, data)
+            with _durable(temporary) as file:
+                yield file
             os.replace(temporary, self.path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        _sync_folder(folder)
+        _sync_folder(self.path.parent)
 
     def write_json(self, value: Any) -> None:
         self.write((json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
@@ -173,9 +178,7 @@ class Place:
 
     def claim(self, data: bytes) -> bool:
         """Create this file if it does not exist; False where somebody else was first."""
-        folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
+        temporary = self._unfinished()
         try:
             _write_durably(temporary, data)
             os.link(temporary, self.path)
@@ -184,7 +187,7 @@ class Place:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-        _sync_folder(folder)
+        _sync_folder(self.path.parent)
         return True
 
     def commit_folder(self, files: Mapping[str, bytes], check: Callable[[], None] | None = None) -> dict[str, Any]:
@@ -195,9 +198,7 @@ class Place:
         is committed so can be made again. Returns the manifest.
         """
         manifest = manifest_of(files)
-        folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
+        temporary = self._unfinished()
         temporary.mkdir()
         try:
             for name, data in files.items():
@@ -214,8 +215,13 @@ class Place:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync_folder(folder)
+        _sync_folder(self.path.parent)
         return manifest
+
+    def _unfinished(self) -> Path:
+        """A name for what is to be renamed to this, in its folder, which is made."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
 
     def committed(self) -> Sequence[str]:
         """Names of the committed folders in this folder, sorted."""
@@ -319,9 +325,15 @@ def check_store(place: Place) -> None:
 
 
 def _write_durably(path: Path, data: bytes) -> None:
+    with _durable(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def _durable(path: Path) -> Iterator[IO[bytes]]:
     try:
         with open(path, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -16,6 +16,7 @@ from pipelines.session import open_session
 from pipelines.store import MANIFEST, DamageError, Place, check_store
 from pipelines.train.checkpoint import Checkpoints
 from tests.s3_faults import BUCKET, HASTE, FaultyProxy, set_environment
+from tests.test_store import write_half
 
 
 @pytest.fixture
@@ -36,6 +37,22 @@ def test_of_many_who_claim_one_is_first(root: S3Place) -> None:
     assert not place.claim(b"late")
     place.delete()
     assert place.claim(b"")
+
+
+def test_what_is_written_in_parts_is_one_object_when_all_is_well(root: S3Place, proxy: FaultyProxy) -> None:
+    parts = [os.urandom(300_000) for _ in range(5)]
+    proxy.methods, proxy.faults = frozenset({"PUT"}), ["500"]
+    with (root / "file").writing() as file:
+        for part in parts:
+            file.write(part)
+        assert not (root / "file").exists()
+    assert (root / "file").read() == b"".join(parts)
+    with pytest.raises(KeyboardInterrupt):
+        write_half(root / "file")
+    assert (root / "file").size() == 1_500_000
+    with (root / "empty").writing():
+        pass
+    assert (root / "empty").read() == b""
 
 
 @pytest.mark.parametrize("fault", ["500", "refuse", "late", "lost"])

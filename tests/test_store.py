@@ -39,6 +39,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert os.listdir(tmp_path) == ["b.txt"]
 
 
+def write_half(place: Place) -> None:
+    with place.writing() as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+
+def test_what_is_written_in_parts_appears_when_all_is_well_or_not_at_all(tmp_path: Path) -> None:
+    place = Place.of(tmp_path / "deep" / "file")
+    with place.writing() as file:
+        file.write(b"one ")
+        assert not place.exists()
+        file.write(b"two")
+    assert place.read() == b"one two"
+    with pytest.raises(KeyboardInterrupt):
+        write_half(place)
+    assert place.read() == b"one two"
+    assert os.listdir(tmp_path / "deep") == ["file"]
+
+
 def test_folder_is_read_back_and_damage_is_named(tmp_path: Path) -> None:
     folder = Place.of(tmp_path) / "step"
     files = {"x": b"12345", "y": b"678"}
