@@ -7,8 +7,11 @@ from torch import Tensor
 
 
 def to_model(images: NDArray[np.uint8]) -> Tensor:
-    """uint8 [N, H, W, C] -> float32 [N, C, H, W], x / 127.5 - 1, contiguous."""
-    if not images.flags.writeable or not images.flags.c_contiguous:  # torch takes neither
+    """uint8 [N, H, W, C] -> float32 [N, C, H, W], x / 127.5 - 1, contiguous; the same layout for the same shape."""
+    # An axis of length 1 may have any stride, by which convolutions choose their kernel, and so the last bits.
+    _, height, width, channels = images.shape
+    plain = (height * width * channels, width * channels, channels, 1)
+    if images.strides != plain or not images.flags.writeable:  # which torch does not take
         images = images.copy()
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 

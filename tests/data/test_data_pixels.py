@@ -20,6 +20,17 @@ def test_every_pixel_value_comes_back() -> None:
     assert np.array_equal(to_pixels(x.double()), images)
 
 
+def test_the_layout_is_that_of_the_shape_whatever_the_arrays_was() -> None:
+    """Or convolutions of the same pixels would differ in their last bits."""
+    plain = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    odd = to_pixels(to_model(plain))
+    assert odd.flags.c_contiguous
+    assert odd.strides != plain.strides, "of an axis of length 1, any stride will do"
+    frozen = np.frombuffer(plain.tobytes(), dtype=np.uint8).reshape(plain.shape)
+    for images in (odd, frozen, plain[:, ::-1], plain[:1], odd[:1]):
+        assert to_model(images).stride() == to_model(np.array(images.tolist(), dtype=np.uint8)).stride()
+
+
 def test_values_beyond_are_clamped_and_halves_go_to_even() -> None:
     x = torch.tensor([-9.0, -1.0, 1.0, 9.0, float("inf"), 0.0, 0.5 / 127.5 - 1 + 1e-6]).reshape(1, 1, 1, 7)
     assert to_pixels(x).ravel().tolist() == [0, 0, 255, 255, 255, 128, 1]  # 127.5 goes to 128
