@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.command import Command, command, write_spec
+from tests.faults.disk import small_disk
 
 SEED = "FAULTS_SEED"
 STEPS = 400
@@ -62,3 +63,10 @@ def disturbed(spec: Path, tmp_path: Path) -> Iterator[Command]:
     """The same in another store, not begun yet."""
     with command(spec, tmp_path / "store") as given:
         yield given
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A small disk."""
+    with small_disk(tmp_path / "small") as folder:
+        yield folder

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.command import assert_gone
+from tests.faults.verb import assert_gone
 from tests.jobs.submit.conftest import free_port
 from tests.jobs.submit.test_submit_real import end
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from tests.faults.command import Command, Moment, a_while, assert_gone, end_by
+from tests.faults.command import Command, Moment
+from tests.faults.verb import a_while, assert_gone, end_by
 
 WRITE_SECONDS = 0.01
 """Longest time from the sight of a half-written checkpoint to the kill."""

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.faults import killing
-from tests.faults.command import EVERY, Command, Moment, a_while, command, wait_for, write_spec
+from tests.faults.command import EVERY, Command, Moment, command, write_spec
 from tests.faults.conftest import STEPS, Tell
 from tests.faults.evidence import assert_same_bits
 from tests.faults.hosts import Hosts, hosts
+from tests.faults.verb import a_while, wait_for
 
 LOSSES = 3
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.command import Command, a_while, assert_gone, wait_for
+from tests.faults.command import Command
 from tests.faults.conftest import STEPS, Tell
 from tests.faults.evidence import assert_same_bits
+from tests.faults.verb import a_while, assert_gone, wait_for
 
 SECONDS = 20.0
 """In which an interrupted command ends."""

@@ -1,10 +1,7 @@
 """The storage fills up in mid-run: training goes on and says so, and ends whole when there is room again."""
 
-import contextlib
-import os
 import random
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,25 +9,11 @@ import pytest
 
 from pipelines.store import Place
 from pipelines.train.run import Run
-from tests.faults.command import EVERY, Command, a_while, command, wait_for
+from tests.faults.command import EVERY, Command, command
 from tests.faults.conftest import STEPS
+from tests.faults.disk import fill
 from tests.faults.evidence import assert_same_bits
-
-STORE_BYTES = 64 * 2**20
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, not large. Skips where none may be mounted."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ("mount", "-t", "tmpfs", "-o", f"size={STORE_BYTES}", "tmpfs", str(folder))
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(("umount", "--lazy", str(folder)), check=True)
+from tests.faults.verb import a_while, wait_for
 
 
 @pytest.fixture
@@ -38,17 +21,6 @@ def confined(small: Path, spec: Path) -> Iterator[Command]:
     """The disturbed run, its store on that."""
     with command(spec, small / "store") as given:
         yield given
-
-
-def fill(folder: Path) -> Path:
-    """Take all room there is."""
-    filler = folder / "filler"
-    with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as file:
-        for size in (2**20, 2**12, 1):
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(size))
-    return filler
 
 
 def test_who_trains_and_who_drives_understand_each_other_where_no_byte_is_left(small: Path) -> None:

@@ -10,9 +10,10 @@ import psutil
 import pytest
 
 from tests.faults import killing
-from tests.faults.command import Command, a_while, command, end_by, write_spec
+from tests.faults.command import Command, command, write_spec
 from tests.faults.conftest import STEPS, Tell
 from tests.faults.evidence import assert_same_bits
+from tests.faults.verb import a_while, end_by
 
 TURNS = (1, 2, 1, 4)
 

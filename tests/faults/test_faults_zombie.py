@@ -18,9 +18,10 @@ from pipelines.data.manifest import Dataset
 from pipelines.spec import load_spec
 from pipelines.store import Place
 from pipelines.train.run import Run
-from tests.faults.command import PATIENCE_SECONDS, Command, a_while, wait_for
+from tests.faults.command import Command
 from tests.faults.conftest import STEPS
 from tests.faults.evidence import assert_same_bits
+from tests.faults.verb import PATIENCE_SECONDS, a_while, wait_for
 
 _TRAIN = """
 import json, sys
