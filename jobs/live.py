@@ -103,7 +103,7 @@ class LiveView(_View):
     def advance(self, done: int, total: int, unit: str, rate: float | None = None, **figures: float) -> None:
         if self._task is None:
             self.start("")
-        if self._began[0] == 0.0:
+        if self._began[0] == 0.0 or done < self._began[1]:  # or something else is counted now
             self._began = (time.monotonic(), done)
         seconds = time.monotonic() - self._began[0]
         rate = rate or ((done - self._began[1]) / seconds if seconds > 0.2 else None)
@@ -141,7 +141,7 @@ class LogLines(_View):
 
     def advance(self, done: int, total: int, unit: str, rate: float | None = None, **figures: float) -> None:
         now = time.monotonic()
-        if self._began[0] == 0.0:
+        if self._began[0] == 0.0 or done < self._began[1]:
             self._began = (now, done)
         if now - self._said < _LOG_SECONDS:
             return

@@ -28,16 +28,24 @@ TrackingUri = Annotated[
     str | None,
     typer.Option(help="MLflow [default: spec, $MLFLOW_TRACKING_URI, mlflow.db in a store that is a folder]."),
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", metavar="HOST:PORT|auto", help="Join this Ray cluster [default: one is started on this host]."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 
 
 @contextlib.contextmanager
-def session_of(spec: Any, storage: str | None, tracking_uri: str | None, for_tune: bool = False) -> Iterator[Any]:
-    """What a verb works with; stdout is kept for its result."""
+def session_of(
+    spec: Any, storage: str | None, tracking_uri: str | None, for_tune: bool = False, address: str | None = None
+) -> Iterator[Any]:
+    """What a verb works with; stdout is kept for its result. `address` is for verbs that have no spec to say it."""
     from jobs.live import listener
     from pipelines.cluster import Cluster
     from pipelines.session import open_session
 
-    address = spec.ray.address if spec is not None else None
+    address = spec.ray.address if spec is not None else address
     with quiet_stdout(), listener() as progress, Cluster(address, for_tune) as cluster:
         yield open_session(cluster, progress, spec, storage, tracking_uri)

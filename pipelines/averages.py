@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from pipelines.evaluate.features import torch_threads
 from pipelines.sections import Train
 from pipelines.spec import Spec
-from pipelines.train.checkpoint import EMA
+from pipelines.train.checkpoint import EMA, MODEL
 from pipelines.train.run import Run
 
 MOST_ERROR = 0.1
@@ -30,6 +30,8 @@ def averaged(run: Run, step: int, spec: Spec, most_error: float = MOST_ERROR) ->
     if length is None:
         weights = run.checkpoints.at(step).read_folder(EMA)[EMA]
         return weights, f"half-life {spec.train.ema_half_life} images"
+    if length == "live":
+        return run.checkpoints.at(step).read_folder(MODEL)[MODEL], "none, the live weights"
     target = run.checkpoints.profiles(step)
     if not target:
         raise UserError(f"sample.ema_length: run {run.name} keeps no averages of step {step}: see train.ema_profiles")

@@ -12,7 +12,7 @@ from pipelines.drawing import Settings, draw
 from pipelines.models import Model
 from pipelines.sample import Samples, read_samples
 from pipelines.spec import Spec
-from pipelines.store import Place, sha256
+from pipelines.store import sha256
 from pipelines.train.end import last_step
 from pipelines.train.run import Run
 
@@ -39,13 +39,6 @@ def draw_pictures(spec: Spec, dataset: Dataset, model: Model, training: Run, sam
     return {name: sha256(picture) for name, picture in pictures.items()}
 
 
-def draw_grid(samples: Samples) -> Place:
-    """Write the grid of a sampling job beside its shards."""
-    place = Place.of(samples.out) / GRID
-    place.write(_grid(samples))
-    return place
-
-
 def _grid(samples: Samples) -> bytes:
     shown = np.concatenate(list(read_samples(samples, min(samples.n, _GRID_IMAGES))))
     return report.grid(shown, columns=int(np.ceil(np.sqrt(len(shown)))))
@@ -66,7 +59,7 @@ def _trajectory(spec: Spec, dataset: Dataset, model: Model) -> bytes:
         process,
         unet,
         spec.data.image_size,
-        Settings.of(spec.sample),
+        Settings.of(spec.sample, class_counts=dataset.class_counts),
         indices=[0],
         callback=lambda index, t, x_t, x0: seen.append((t, x_t.clone())),
     )

@@ -5,7 +5,8 @@ no global state is read or left, so that workers and a caller's own figures do n
 """
 
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ Pixels = NDArray[np.uint8]
 
 INK, SOFT, FAINT = "#22303c", "#6b7885", "#e3e7eb"
 BLUE, ORANGE = "#2a6fb0", "#d9742b"
+COLOURS = (BLUE, ORANGE, "#3a8f5c", "#8d5fb0", "#b03a5b", "#7a6a3a")
 DPI = 180
 
 _CELL = 56
@@ -76,14 +78,30 @@ def trajectory(forward: Pixels, forward_t: Sequence[int], reverse: Pixels, rever
         for index, (frame, t) in enumerate(zip(frames, times, strict=True)):
             left = margin + index * pitch
             axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
-            # As RGB: a colour map would round the greys.
-            axes.imshow(np.broadcast_to(frame, (*frame.shape[:2], 3)), interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for spine in axes.spines.values():
-                spine.set(color=FAINT, linewidth=0.6)
+            _show(axes, frame)
             middle, below = (left + side / 2) / width, (low + margin) / height
             figure.text(middle, below, f"$t$ = {t}", color=SOFT, fontsize=8, ha="center")
+    return _png(figure)
+
+
+def strips(images: NDArray[np.uint8], times: Sequence[int]) -> bytes:
+    """How images come out of noise: uint8 [N, K, H, W, C], a row an image of the moments before each time t, the last
+    column the image itself. ValueError where there are not as many times as columns."""
+    rows, columns = images.shape[:2]
+    if columns != len(times):
+        raise ValueError(f"{columns} columns and {len(times)} times")
+    _checked(images.reshape(-1, *images.shape[2:]))
+    pitch, side, margin, caption = 0.95, 0.88, 0.16, 0.24
+    width, height = columns * pitch + 2 * margin, rows * pitch + 2 * margin + caption
+    figure = _figure(width, height)
+    for row in range(rows):
+        for column in range(columns):
+            left, bottom = margin + column * pitch, margin + caption + (rows - 1 - row) * pitch
+            axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+            _show(axes, images[row, column])
+    for column, t in enumerate(times):
+        middle = (margin + column * pitch + side / 2) / width
+        figure.text(middle, margin / height, f"$t$ = {t}", color=SOFT, fontsize=8, ha="center")
     return _png(figure)
 
 
@@ -142,6 +160,50 @@ def loss_curve(images_seen: Sequence[int], losses: Sequence[float], smoothed: Se
         )
     figure.subplots_adjust(left=0.09, right=0.92, top=0.89, bottom=0.14)
     return _png(figure)
+
+
+def _show(axes: Any, image: NDArray[np.uint8]) -> None:
+    """An image [H, W, C] without axes."""
+    # As RGB: a colour map would round the greys.
+    axes.imshow(np.broadcast_to(image, (*image.shape[:2], 3)), interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(color=FAINT, linewidth=0.6)
+
+
+def quality_against_cost(
+    lines: Mapping[str, Sequence[tuple[int, float, tuple[float, float]]]], floor: float, chosen: tuple[int, float]
+) -> bytes:
+    """A line each of (network calls an image, Frechet distance, its interval), the floor, and a ring around one."""
+    figure = _figure(width=7.2, height=4.2)
+    axes = figure.subplots()
+    for colour, (name, points) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
+        calls, values, intervals = zip(*sorted(points), strict=True)
+        below = [value - low for value, (low, _) in zip(values, intervals, strict=True)]
+        above = [high - value for value, (_, high) in zip(values, intervals, strict=True)]
+        look = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.4, "capsize": 2}
+        axes.errorbar(calls, values, (below, above), label=name, **look)
+    axes.axhline(floor, color=SOFT, linewidth=0.9, linestyle=(0, (3, 3)), label="real images")
+    ring = {"marker": "o", "markersize": 11, "fillstyle": "none", "color": INK, "linestyle": "none"}
+    axes.plot(*chosen, label="cheapest as good", **ring)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _plain_log_ticks(axes)
+    _plain_ticks_of(axes.xaxis, sorted({call for points in lines.values() for call, _, _ in points}))
+    _dress(axes, "network calls an image")
+    axes.set_ylabel("Frechet distance", color=INK, fontsize=9.5)
+    _legend(axes)
+    figure.subplots_adjust(left=0.11, right=0.97, top=0.86, bottom=0.13)
+    return _png(figure)
+
+
+def _plain_ticks_of(axis: Any, values: Sequence[int]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    axis.set_major_locator(FixedLocator(values))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _checked(images: Pixels) -> tuple[int, int, int, int]:

@@ -54,7 +54,7 @@ class Spec(Section):
     def _parts_fit(self) -> "Spec":
         self._check_model()
         self._check_loss()
-        if self.sample.ema_length is not None and not self.train.ema_profiles:
+        if isinstance(self.sample.ema_length, float) and not self.train.ema_profiles:
             raise ValueError(
                 "sample.ema_length: an average of another length needs train.ema_profiles, say [0.05, 0.1]"
             )
@@ -72,6 +72,14 @@ class Spec(Section):
             )
         if sample.guidance != 1 and (self.model.classes is None or not self.train.label_dropout):
             raise ValueError("sample.guidance: it needs model.classes, and train.label_dropout above 0")
+        if sample.labels != "uniform":
+            if self.model.classes is None:
+                raise ValueError("sample.labels: the model has no classes (model.classes); leave it out")
+            if sample.labels != "data" and max(sample.labels) >= self.model.classes:
+                raise ValueError(
+                    f"sample.labels: {max(sample.labels)} is no class of the model, which has {self.model.classes}: "
+                    f"0 to {self.model.classes - 1}"
+                )
         if (bits := self.evaluate.bits_timesteps) > timesteps:
             raise ValueError(f"evaluate.bits_timesteps: {bits} is more than diffusion.timesteps = {timesteps}")
         return self
@@ -199,6 +207,8 @@ def resolve_paths(spec: Spec) -> Spec:
     first = spec.train.init_from
     if first is not None and "://" not in first and not is_registered(first):
         changes["train"] = spec.train.model_copy(update={"init_from": absolute(first)})
+    if spec.evaluate.inception is not None:
+        changes["evaluate"] = spec.evaluate.model_copy(update={"inception": absolute(spec.evaluate.inception)})
     if spec.tracking.uri is not None:
         changes["tracking"] = spec.tracking.model_copy(update={"uri": absolute_uri(spec.tracking.uri)})
     return spec.model_copy(update=changes)
@@ -233,7 +243,7 @@ def check_average(spec: Spec, origin: str) -> None:
 
     Of what is to be trained: of what was trained, that is known by what is there.
     """
-    if (length := spec.sample.ema_length) is not None:
+    if isinstance(length := spec.sample.ema_length, float):
         from pipelines.averages import recipe
 
         try:

@@ -217,6 +217,11 @@ class Dataset:
         """Name of each label; empty where there are none."""
         return tuple(self.card["classes"])
 
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        """Training images of each class."""
+        return tuple(self.card["splits"]["train"]["per_class"])
+
     def split(self, name: str) -> Split:
         """`train` or `held-out`."""
         if name not in SPLITS:

@@ -29,16 +29,24 @@ def pack(keys: Sequence[str], pictures: Sequence[bytes], notes: Sequence[Mapping
     return file.getvalue()
 
 
-def unpack(data: bytes) -> NDArray[np.uint8]:
-    """The pictures of a shard that this product wrote and whose sha256 was checked, uint8 [N, H, W, C]."""
-    images = []
+def members(data: bytes) -> list[tuple[str, bytes]]:
+    """Name and bytes of the pictures of a shard that this product wrote and whose sha256 was checked."""
+    found = []
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for member in tar:
             if member.name.endswith(".png"):
                 file = tar.extractfile(member)
                 assert file is not None
-                pixels = np.asarray(Image.open(file, formats=["PNG"]))
-                images.append(pixels.reshape(*pixels.shape[:2], -1))
+                found.append((member.name, file.read()))
+    return found
+
+
+def unpack(data: bytes) -> NDArray[np.uint8]:
+    """The pictures of such a shard, uint8 [N, H, W, C]."""
+    images = []
+    for _, picture in members(data):
+        pixels = np.asarray(Image.open(io.BytesIO(picture), formats=["PNG"]))
+        images.append(pixels.reshape(*pixels.shape[:2], -1))
     return np.stack(images)
 
 

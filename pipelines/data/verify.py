@@ -17,7 +17,7 @@ from pipelines.store import DamageError, Place
 MapShards = Callable[[Callable[[Shard], ShardCheck], Sequence[Shard]], Iterable[tuple[int, ShardCheck]]]
 """Does a work, which may be pickled, on each of the shards, and yields (place in the list, result) in any order."""
 
-_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d{{6}}\.(tar|parquet)")
+_OURS = re.compile(rf"({'|'.join(SPLITS)}|samples)-\d{{6,}}(-first-\d+)?\.(tar|parquet)")
 _CLOSE = 1e-9
 """Two ways of adding up whole numbers that mean and deviation may differ by."""
 

@@ -7,7 +7,7 @@ import hashlib
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,37 +60,74 @@ def write_shard(source: Source, recipe: Recipe, out: Place, shard: ShardPlan) ->
         pictures.append(encode_png(pixels))
         sums.add(pixels)
     keys = [f"{index:09d}" for index in shard.items]
-    data = pack(keys, pictures, [_describe(source, index) for index in shard.items])
+    notes = [_describe(source, index) for index in shard.items]
+    rows = Rows(keys, pictures, notes, shard.contents, labels)
+    record = commit_shard(out, shard.name, shard.index, shard.split, rows, sums)
+    file.write_json({"plan": plan, "record": asdict(record)})
+    return record
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What goes into a shard, sample by sample."""
+
+    keys: Sequence[str]
+    pictures: Sequence[bytes]
+    """PNG files."""
+    notes: Sequence[Mapping[str, Any]]
+    contents: Sequence[bytes]
+    """Of each, the `content_hash` of its pixels."""
+    labels: Sequence[int]
+
+
+def commit_shard(out: Place, name: str, index: str, split: str, rows: Rows, sums: "Sums") -> ShardRecord:
+    """Write a shard and then its index. `sums` are those of its pixels."""
+    data = pack(rows.keys, rows.pictures, rows.notes)
     offsets = _offsets(data)
-    members = [f"{key}.png" for key in keys]
+    members = [f"{key}.png" for key in rows.keys]
     index_bytes = write_table(
         INDEX_COLUMNS,
         {
-            "key": keys,
+            "key": rows.keys,
             "member": members,
             "offset": [offsets[member] for member in members],
-            "size": [len(picture) for picture in pictures],
-            "sha256": [hashlib.sha256(picture).digest() for picture in pictures],
-            "content": list(shard.contents),
-            "label": labels,
+            "size": [len(picture) for picture in rows.pictures],
+            "sha256": [hashlib.sha256(picture).digest() for picture in rows.pictures],
+            "content": list(rows.contents),
+            "label": rows.labels,
         },
     )
-    (out / shard.name).write(data)
-    (out / shard.index).write(index_bytes)
-    record = ShardRecord(
-        name=shard.name,
-        index=shard.index,
-        split=shard.split,
-        samples=len(keys),
+    (out / name).write(data)
+    (out / index).write(index_bytes)
+    return ShardRecord(
+        name=name,
+        index=index,
+        split=split,
+        samples=len(members),
         bytes=len(data),
         sha256=sha256(data),
         index_sha256=sha256(index_bytes),
         pixel_sum=sums.total,
         pixel_square_sum=sums.squares,
-        labels=dict(sorted(Counter(labels).items())),
+        labels=dict(sorted(Counter(rows.labels).items())),
     )
-    file.write_json({"plan": plan, "record": asdict(record)})
-    return record
+
+
+def record_of(fields: Mapping[str, Any]) -> ShardRecord:
+    """A record that was kept as JSON. KeyError, TypeError or ValueError for what is none."""
+    sums = {name: tuple(fields[name]) for name in ("pixel_sum", "pixel_square_sum")}
+    return ShardRecord(**{**fields, **sums, "labels": whole_numbers(fields["labels"])})
+
+
+def is_whole(out: Place, record: ShardRecord) -> bool:
+    """Whether shard and index are there, byte by byte."""
+    try:
+        return (
+            sha256((out / record.name).read()) == record.sha256
+            and sha256((out / record.index).read()) == record.index_sha256
+        )
+    except FileNotFoundError:
+        return False
 
 
 def whole_numbers(counts: Mapping[str, Any]) -> dict[int, Any]:
@@ -135,19 +172,12 @@ def _finished(file: Place, out: Place, plan: str) -> ShardRecord | None:
     """The record in a file, if it is of this plan and its shard and index are there, byte by byte."""
     try:
         found = file.read_json()
-        if found["plan"] != plan:
-            return None
-        fields: dict[str, Any] = found["record"]
-        for name in ("pixel_sum", "pixel_square_sum"):
-            fields[name] = tuple(fields[name])
-        record = ShardRecord(**{**fields, "labels": whole_numbers(fields["labels"])})
-        is_whole = (
-            sha256((out / record.name).read()) == record.sha256
-            and sha256((out / record.index).read()) == record.index_sha256
-        )
     except FileNotFoundError:
         return None
-    return record if is_whole else None
+    if found["plan"] != plan:
+        return None
+    record = record_of(found["record"])
+    return record if is_whole(out, record) else None
 
 
 def _describe(source: Source, index: int) -> dict[str, Any]:

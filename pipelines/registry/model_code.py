@@ -31,7 +31,7 @@ class Sampler(PythonModel):
         spec = self._model.spec
         process, unet = self._model.build()
         seeds = [int(seed) for seed in model_input["seed"]]
-        settings = Settings.of(spec.sample)
+        settings = Settings.of(spec.sample.model_copy(update={"labels": "uniform", "resources": {}}))
         return to_pixels(draw(process, unet, spec.data.image_size, settings, indices=seeds, seeds=seeds))
 
 

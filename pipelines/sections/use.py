@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipelines.sections.base import Fraction, Section
 
@@ -10,9 +10,9 @@ from pipelines.sections.base import Fraction, Section
 class Sample(Section):
     n: PositiveInt = 1000
     seed: int = 0
-    ema_length: Annotated[float, Field(gt=0, lt=0.288)] | None = None
+    ema_length: Literal["live"] | Annotated[float, Field(gt=0, lt=0.288)] | None = None
     """Length (sigma_rel) of the average that is drawn with, made of the snapshots of `train.ema_profiles`; by default
-    the one by half-life."""
+    the one by half-life. "live" is no average: the weights as they were trained."""
     sampler: Literal["ddim", "ancestral", "dpmpp_2m"] = "ddim"
     steps: PositiveInt = 50
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -25,11 +25,23 @@ class Sample(Section):
     """How far a class-conditional model is steered towards the class; 1 is not at all."""
     chunk: PositiveInt = 100
     """Images computed together; part of the job's identity."""
+    labels: Literal["uniform", "data"] | Annotated[list[NonNegativeInt], Field(min_length=1)] = "uniform"
+    """Classes of the images: every one in turn, in proportion to those of the training images, or these in turn."""
     workers: PositiveInt = 1
+    """Most processes that draw at a time; the images do not depend on it."""
     threads: PositiveInt = 1
+    """CPUs and torch threads of each; part of the job's identity."""
+    resources: dict[str, PositiveFloat] = {}
+    """Ray resources of each, beside its CPUs. With a GPU, it draws on that."""
 
 
 class Evaluate(Section):
+    samples: Annotated[int, Field(ge=6)] | None = None
+    """Images that a model draws to be scored, at most half as many as are held out; by default so many."""
+    keep_samples: bool = True
+    """Keep them, so that `sample` need not draw them again; else they are looked at and forgotten."""
+    inception: str | None = None
+    """A file with InceptionV3's weights, for features as in the literature; by default a small network of the data."""
     feature_width: Annotated[int, Field(ge=2, le=64)] = 64
     feature_epochs: PositiveInt = 30
     """Passes of the feature network over the training images."""
@@ -37,6 +49,8 @@ class Evaluate(Section):
     """Held-out images whose bits/dim is estimated."""
     bits_timesteps: Annotated[int, Field(ge=2)] = 8
     """Timesteps evaluated for each of them."""
+    exact: bool = False
+    """Evaluate every timestep of each of them instead."""
 
 
 class Gates(Section):

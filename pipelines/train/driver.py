@@ -31,7 +31,7 @@ from pipelines.train.end import (
     record_end,
 )
 from pipelines.train.group import on_gpu, workers_needed
-from pipelines.train.run import Run, environment
+from pipelines.train.run import Run, changes, environment
 from pipelines.train.watch import Watch
 
 
@@ -166,10 +166,8 @@ def _record_end(run: Run, spec: Spec, why: Why | None, progress: Progress) -> No
 
 def _say_what_changed(then: Mapping[str, Any], device: str, progress: Progress) -> None:
     """One line where the run goes on in surroundings on which its bits may depend."""
-    now = {**environment(), "device": device}
     then = {"device": "cpu", **then}  # of a time when there was no other
-    changed = [f"{name} {then.get(name)} is {now[name]} now" for name in now if then.get(name) != now[name]]
-    if changed:
+    if changed := changes(then, {**environment(), "device": device}):
         progress.say(f"warning: the bits may differ from an unbroken run's: {', '.join(changed)}")
 
 

@@ -285,3 +285,8 @@ def environment() -> dict[str, str]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How one environment differs from an earlier one, in words."""
+    return [f"{name} {then.get(name)} is {now[name]} now" for name in now if then.get(name) != now[name]]

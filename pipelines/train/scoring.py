@@ -136,7 +136,7 @@ class Scoring:
                 seeds=[noise.key(self._spec.seed, "grid", index) for index in indices],
                 sampler="ddim",
                 steps=min(self._score.grid_steps, self._process.timesteps),
-                labels=labels_of(self._unet, indices),
+                labels=labels_of(self._unet.config.num_classes, indices),
             )
         except NotFiniteError:  # a picture of nothing, and the score says why
             drawn = torch.zeros(len(indices), self._unet.config.image_channels, size, size)

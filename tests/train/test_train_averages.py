@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from pipelines.cluster import Cluster
@@ -50,6 +51,11 @@ def test_an_average_of_another_length_is_made_after_training(dataset: Dataset, t
 
     others = [run.checkpoints.load(60).model, *run.checkpoints.load(60).profiles.values()]
     assert away(weights) < 0.1 * min(away(other) for other in others)
+
+    live = of_checkpoint(run, 60, tiny_spec(**fields, sample__ema_length="live"))
+    trained_weights = safetensors.torch.load(live.weights)
+    assert all(torch.equal(trained_weights[n], tensor) for n, tensor in run.checkpoints.load(60).model.items())
+    assert live.average == "none, the live weights"
 
     with pytest.raises(UserError, match=r"make 0\.2 with an error of"):
         of_checkpoint(run, 5, tiny_spec(**fields, sample__ema_length=0.2))  # of the first snapshots alone

@@ -17,7 +17,7 @@ from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
 from pipelines.drawing import Settings, draw
 from pipelines.errors import UserError
-from pipelines.evaluate.job import held_out_bits
+from pipelines.evaluate.likelihood import held_out_bits
 from pipelines.foreign import of_diffusers
 from pipelines.interop import Portable, write_diffusers
 from pipelines.models import dump_config, of_checkpoint

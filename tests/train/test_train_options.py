@@ -12,7 +12,7 @@ from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
 from pipelines.drawing import Settings, draw
 from pipelines.errors import UserError
-from pipelines.evaluate.job import held_out_bits
+from pipelines.evaluate.likelihood import held_out_bits
 from pipelines.interop import export_diffusers
 from pipelines.models import Model, find_model, of_checkpoint
 from pipelines.pipeline import run, run_sweep, run_training

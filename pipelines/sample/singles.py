@@ -1,0 +1,113 @@
+"""Single images of a job made again, or watched on their way out of noise: their chunks are drawn anew, whole."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines import report
+from pipelines.data.shards import encode_png
+from pipelines.drawing import Settings, draw
+from pipelines.errors import UserError
+from pipelines.models import Model
+from pipelines.sample.artist import Drawer
+from pipelines.sample.bulk import Studio
+from pipelines.sample.forms import IMAGES
+from pipelines.sample.job import LOCK, Job
+from pipelines.store import Place
+
+TRAJECTORY = "trajectory.png"
+MOST_STRIPS = 8
+_FRAMES = 9
+
+Chosen = tuple[int, tuple[int, ...]]
+"""A chunk, and which of its images are wanted, counted from its first."""
+
+
+@dataclass(frozen=True)
+class Singles:
+    """Images that were made again."""
+
+    out: str
+    n: int
+    sha256: str
+    """Over the raw uint8 HWC pixels, in index order."""
+    images: dict[int, str]
+    """By index, the PNG file."""
+
+
+def sample_images(model: Model, settings: Settings, indices: Sequence[int], out: Place, studio: Studio) -> Singles:
+    """Draw the images of these indices of a job, and write each as `OUT/images/INDEX.png`: the same bytes as in its
+    shards. UserError where the place holds something else."""
+    job = Job(out, settings, model.identity, model.digest, model.spec.model.classes)
+    job.check_place()
+    with (out / LOCK).lock(f"sampling into {out}") as check_held:
+        job.claim(model.origin)
+        wanted = sorted(set(indices))
+        chunks = _by_chunk(wanted, settings.chunk)
+        drawn: dict[int, NDArray[np.uint8]] = {}
+        for place, pixels in studio.pool(job, model, _Redrawer, chunks).results():
+            chunk, rows = chunks[place]
+            drawn |= {chunk * settings.chunk + row: image for row, image in zip(rows, pixels, strict=True)}
+            studio.progress.advance(len(drawn), len(wanted), "images")
+        check_held()
+        digest, files = hashlib.sha256(), {}
+        for index in wanted:
+            digest.update(drawn[index].tobytes())
+            file = out / IMAGES / f"{index:09d}.png"
+            file.write(encode_png(drawn[index]))
+            files[index] = str(file)
+    return Singles(str(out), len(wanted), digest.hexdigest(), files)
+
+
+def draw_trajectory(model: Model, settings: Settings, indices: Sequence[int], out: Place, studio: Studio) -> Place:
+    """Write the picture of how up to eight images of a job come out of noise, in a job's place."""
+    shown = sorted(set(indices))[:MOST_STRIPS]
+    job = Job(out, settings, model.identity, model.digest, model.spec.model.classes)
+    chunks = _by_chunk(shown, settings.chunk)
+    traced = dict(studio.pool(job, model, _Tracer, chunks).results())
+    rows = np.concatenate([traced[place][0] for place in range(len(chunks))])
+    (out / TRAJECTORY).write(report.strips(rows, traced[0][1]))
+    return out / TRAJECTORY
+
+
+class _Redrawer(Drawer):
+    def do(self, shared: tuple[Any], chosen: Chosen) -> Any:
+        """The pixels of the chosen images of a chunk, uint8 [N, H, W, C]."""
+        chunk, rows = chosen
+        return self.drawn(shared, chunk)[list(rows)]
+
+
+class _Tracer(Drawer):
+    def do(self, shared: tuple[Any], chosen: Chosen) -> Any:
+        """Moments of the chosen images of a chunk, uint8 [N, frames, H, W, C], and their timesteps, 0 for the end."""
+        from pipelines.data.pixels import to_pixels
+
+        chunk, rows = chosen
+        settings = self._job.settings
+        process, unet = self._network(shared)
+        moments = np.unique(((1 - np.linspace(1, 0, _FRAMES) ** 2) * settings.steps).round().astype(int)).tolist()
+        frames: list[NDArray[np.uint8]] = []
+        times: list[int] = []
+
+        def watch(index: int, t: int, x_t: Any, x0: Any) -> None:
+            if index in moments:
+                frames.append(to_pixels(x_t[list(rows)]))
+                times.append(t)
+
+        indices = range(chunk * settings.chunk, (chunk + 1) * settings.chunk)
+        final = to_pixels(draw(process, unet, self._size, settings, indices, callback=watch))[list(rows)]
+        return np.stack([*frames, final], axis=1), [*times, 0]
+
+
+def _by_chunk(indices: Sequence[int], size: int) -> list[Chosen]:
+    if indices[0] < 0:
+        raise UserError(f"--images {indices[0]}: images are counted from 0")
+    found: dict[int, list[int]] = defaultdict(list)
+    for index in indices:
+        found[index // size].append(index % size)
+    return [(chunk, tuple(rows)) for chunk, rows in found.items()]

@@ -1,0 +1,58 @@
+"""A model that draws something without being trained, and a finished job of 40 images in chunks of 16."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+from ddpm_core import noise
+from pipelines.build import build_model
+from pipelines.cluster import Cluster
+from pipelines.drawing import Settings
+from pipelines.models import Model
+from pipelines.progress import Progress
+from pipelines.sample import Samples, Studio, sample_job
+from pipelines.sections import Sample
+from pipelines.store import Place
+from tests.conftest import tiny_spec
+
+SETTINGS = Settings.of(Sample(sampler="ddim", steps=4, eta=0.5, chunk=16), seed=3)
+
+
+def untrained(**overrides: Any) -> Model:
+    """Not blank: the last layers, zero at first, get numbers too."""
+    spec = tiny_spec(**overrides)
+    weights = {
+        name: value + 0.05 * noise.normal([noise.key(1, name)], tuple(value.shape))[0]
+        for name, value in build_model(spec).state_dict().items()
+    }
+    return Model(spec, safetensors.torch.save(weights), "no-data", "test", "none")
+
+
+def studio(cluster: Cluster, workers: int = 2, progress: Progress | None = None) -> Studio:
+    return Studio(cluster, workers, {}, progress or Progress())
+
+
+def changed(**fields: Any) -> Settings:
+    return Settings(**{**SETTINGS.__dict__, **fields})
+
+
+def draw(model: Model, n: int, out: Path, cluster: Cluster, workers: int = 2, **settings: Any) -> Samples:
+    return sample_job(model, changed(**settings), n, Place.of(out), studio(cluster, workers))
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+    return untrained()
+
+
+@pytest.fixture(scope="session")
+def forty(model: Model, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    return draw(model, 40, tmp_path_factory.mktemp("samples") / "forty", cluster)
+
+
+def files_of(folder: str | Path) -> dict[str, bytes]:
+    """The bytes of every file of a job's place, but for what says where and when."""
+    found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found if path.name != ".lock"}

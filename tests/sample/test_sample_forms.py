@@ -1,0 +1,117 @@
+"""What becomes of a job's images beside its shards: other forms, single images again, a strip of one coming to be."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.cluster import Cluster
+from pipelines.data.shards import members
+from pipelines.data.sources import open_source
+from pipelines.errors import UserError
+from pipelines.models import Model
+from pipelines.sample import Samples, draw_trajectory, read_samples, sample_images, write_form
+from pipelines.store import Place
+from tests.sample.conftest import SETTINGS, changed, draw, studio, untrained
+
+
+@pytest.fixture(scope="module")
+def pixels(forty: Samples) -> np.ndarray:
+    return np.concatenate(list(read_samples(forty, 40)))
+
+
+def members_of(samples: Samples) -> dict[str, bytes]:
+    shards = sorted(Path(samples.out).glob("*.tar"))
+    return {name: data for shard in shards for name, data in members(shard.read_bytes())}
+
+
+def test_png_files_are_those_of_the_shards(forty: Samples) -> None:
+    folder = Path(write_form(forty, "png"))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == members_of(forty)
+
+
+def test_npz_has_three_channels_and_classes_as_the_evaluator_of_guided_diffusion_reads_it(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    samples = draw(untrained(model__classes=10, train__label_dropout=0.1), 20, tmp_path / "out", cluster)
+    file = write_form(samples, "npz")
+    with np.load(file) as arrays:
+        assert list(arrays) == ["arr_0", "arr_1"]
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    expected = np.concatenate(list(read_samples(samples, 20)))
+    assert images.shape == (20, 8, 8, 3)
+    assert images.dtype == np.uint8
+    assert all(np.array_equal(images[..., c], expected[..., 0]) for c in range(3))
+    assert labels.tolist() == [i % 10 for i in range(20)]
+    with zipfile.ZipFile(file) as archive:  # it streams over an entry that is not packed
+        assert archive.getinfo("arr_0.npy").compress_type == zipfile.ZIP_STORED
+
+
+def test_a_table_is_one_that_an_ingest_reads(forty: Samples, pixels: np.ndarray) -> None:
+    file = write_form(forty, "parquet")
+    table = pq.read_table(file)
+    assert table["index"].to_pylist() == list(range(40))
+    assert set(table["seed"].to_pylist()) == {3}
+    source = open_source(file)
+    assert len(source) == 40
+    assert np.array_equal(np.asarray(source.load(17)), pixels[17, ..., 0])
+
+
+def test_forms_have_the_images_that_were_asked_for_and_the_same_bytes_each_time(
+    model: Model, forty: Samples, cluster: Cluster
+) -> None:
+    fewer = draw(model, 20, Path(forty.out), cluster)
+    for form, count in (("npz", lambda f: len(np.load(f)["arr_0"])), ("parquet", lambda f: pq.read_table(f).num_rows)):
+        first = Path(write_form(fewer, form)).read_bytes()
+        assert count(io.BytesIO(first)) == 20
+        assert Path(write_form(fewer, form)).read_bytes() == first
+    with pytest.raises(UserError, match="only png, npz, parquet"):
+        write_form(fewer, "gif")
+
+
+def test_single_images_are_those_of_the_bulk_job_byte_by_byte(
+    model: Model, forty: Samples, cluster: Cluster, tmp_path: Path
+) -> None:
+    again = sample_images(model, SETTINGS, [33, 17, 33], Place.of(tmp_path / "out"), studio(cluster))
+    bulk = members_of(forty)
+    assert list(again.images) == [17, 33]
+    for index, file in again.images.items():
+        assert Path(file).read_bytes() == bulk[f"{index:09d}.png"]
+    with pytest.raises(UserError, match="differs in steps"):
+        sample_images(model, changed(steps=5), [17], Place.of(tmp_path / "out"), studio(cluster))
+    with pytest.raises(UserError, match="counted from 0"):
+        sample_images(model, SETTINGS, [-1], Place.of(tmp_path / "other"), studio(cluster))
+
+
+def test_a_trajectory_ends_in_the_image(model: Model, forty: Samples, cluster: Cluster) -> None:
+    picture = draw_trajectory(model, SETTINGS, [17, 33], Place.of(forty.out), studio(cluster))
+    shown = np.asarray(Image.open(str(picture)).convert("RGB"))
+    assert shown.shape[0] > 200
+    assert shown.std() > 10
+
+
+def test_classes_are_given_in_turn_or_follow_the_datas_whatever_n_is(cluster: Cluster, tmp_path: Path) -> None:
+    conditional = untrained(model__classes=3, train__label_dropout=0.1)
+    given = draw(conditional, 20, tmp_path / "given", cluster, labels=(2, 0))
+    assert labels_in(given) == [2, 0] * 10
+    drawn = draw(conditional, 100, tmp_path / "data", cluster, class_counts=(70, 0, 30))
+    for n in (10, 30, 100):
+        assert abs(labels_in(drawn)[:n].count(0) - 0.7 * n) <= 1.5
+    assert 1 not in labels_in(drawn)
+
+
+def labels_in(samples: Samples) -> list[int]:
+    return pq.read_table(write_form(samples, "parquet"))["label"].to_pylist()
+
+
+def test_a_spec_is_told_of_classes_that_the_model_does_not_know() -> None:
+    for fields, said in (
+        ({"sample__labels": [3]}, "the model has no classes"),
+        ({"sample__labels": [3], "model__classes": 3}, "3 is no class of the model, which has 3"),
+    ):
+        with pytest.raises(UserError, match=said):
+            untrained(**fields)
