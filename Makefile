@@ -32,8 +32,9 @@ lint: $(READY)  ## lint, format, types, import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY)  ## training's speed against a bare loop, over an hour: writes docs/benchmarks-training.md
+bench: $(READY)  ## speed of training and sampling against bare loops, two hours: writes docs/benchmarks-*.md
 	$(BIN)/python -m benchmarks.training --resume --write
+	$(BIN)/python -m benchmarks.sampling --resume --write
 
 clean:  ## remove what make made
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

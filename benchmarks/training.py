@@ -7,15 +7,14 @@ What each row means is said in docs/benchmarks-training.md, which `--write` writ
 import argparse
 import json
 import os
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe
 from benchmarks.presets import Preset, prepare
+from benchmarks.rows import Kept
 from benchmarks.stepping import product, table
 from benchmarks.stepping.processes import run_group
 from pipelines.sections.train import Score
@@ -52,32 +51,6 @@ SIZES = {
     # Hundredths of a second a step: whole intervals of the preset.
     "digits": Sizes(product.Race(375, 25, 125, 125, log_every=10), 40, (125, 2), 50),
 }
-
-
-class Kept:
-    """Rounds by stage, on disk after each."""
-
-    def __init__(self, file: Path, resume: bool) -> None:
-        self._file = file
-        self.rounds: dict[str, list[dict[str, Any]]] = {}
-        if resume and file.exists():
-            self.rounds = json.loads(file.read_text())
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-    def collect(self, stage: str, count: int, measure: Callable[[int, int], Sequence[dict[str, Any]]]) -> None:
-        """Measure what is missing of a stage. `measure` is given a round's number and how many are wanted, and gives
-        one or more.
-        """
-        rounds = self.rounds.setdefault(stage, [])
-        while len(rounds) < count:
-            began = time.perf_counter()
-            rounds += measure(len(rounds), count - len(rounds))
-            beside = self._file.with_suffix(".new")
-            beside.write_text(json.dumps(self.rounds))
-            beside.replace(self._file)
-            seconds = time.perf_counter() - began
-            told = f"{stage}, round {len(rounds)} of {count}"
-            print(f"{time.strftime('%H:%M:%S')}  {seconds:6.1f} s  {told}", file=sys.stderr, flush=True)
 
 
 def measure(name: str, preset: Preset, wanted: Callable[[str], int], kept: Kept, work: Path, first: bool) -> None:

@@ -11,14 +11,15 @@ from typing import Annotated, NoReturn
 import typer
 
 from jobs.data_cli import HeldOut, Resize, Workers, data
+from jobs.evaluate_cli import EXTRA, compare, evaluate
 from jobs.exits import end_process
 from jobs.notices import said_as_options
 from jobs.options import Json, ModelName, Overrides, SpecFile, Storage, TrackingUri, session_of
 from jobs.output import print_result, quiet_stdout
 from jobs.proof_cli import verify_resume
+from jobs.sample_cli import sample
 from jobs.tracking_cli import reconcile
 from pipelines.errors import Refused, UserError
-from pipelines.progress import counted
 
 app = typer.Typer(
     name="ddpm",
@@ -31,9 +32,9 @@ app = typer.Typer(
 app.add_typer(data)
 app.command()(verify_resume)
 app.command()(reconcile)
-
-_SAMPLE_OPTIONS = {"sample.n": "--n", "sample.seed": "--seed"}
-"""Fields of a spec for which `sample` has options of its own."""
+app.command()(sample)
+app.command(context_settings=EXTRA)(evaluate)
+app.command()(compare)
 
 
 def main() -> NoReturn:
@@ -139,31 +140,6 @@ def train(
 
 
 @app.command()
-def evaluate(
-    model: ModelName,
-    against: Annotated[str, typer.Option(metavar="DATASET", help="Folder of an ingested dataset.")],
-    storage: Storage = None,
-    tracking_uri: TrackingUri = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Score a model against a dataset's held-out images."""
-    from jobs.tables import show_scores
-    from pipelines.data.manifest import Dataset
-    from pipelines.evaluate.job import evaluate as evaluate_model
-    from pipelines.models import find_model
-    from pipelines.store import Place
-
-    with session_of(None, storage, tracking_uri) as session:
-        found = find_model(model, session.store, session.tracker, overrides or (), verb="evaluate")
-        session.progress.start("evaluate", found.origin)
-        evaluation = evaluate_model(found, Dataset.open(Place.of(against)), found.spec, session)
-        session.progress.finish("evaluate", evaluation.summary())
-    result = evaluation.to_json()
-    print_result(as_json, result, lambda: show_scores(result["scores"], result["evidence"]))
-
-
-@app.command()
 def sweep(
     spec: SpecFile,
     overrides: Overrides = None,
@@ -180,37 +156,6 @@ def sweep(
     with session_of(parsed, storage, tracking_uri, for_tune=True) as session:
         outputs = run_sweep(parsed, session)
     print_result(as_json, outputs, lambda: show_sweep(outputs))
-
-
-@app.command()
-def sample(
-    model: ModelName,
-    out: Annotated[str, typer.Option(help="Folder of the images (WebDataset shards, a grid, a manifest).")],
-    n: Annotated[int, typer.Option("--n", help="Number of images.", min=1)] = 64,
-    seed: Annotated[int, typer.Option(help="Image i is a function of model, settings, seed and i.")] = 0,
-    storage: Storage = None,
-    tracking_uri: TrackingUri = None,
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Draw images in bulk. A rerun makes the missing ones only, a larger --n extends."""
-    from pipelines.drawing import Settings
-    from pipelines.models import find_model
-    from pipelines.pictures import draw_grid
-    from pipelines.sample import sample_job
-    from pipelines.store import Place
-
-    with session_of(None, storage, tracking_uri) as session:
-        for override in overrides or ():
-            if (option := _SAMPLE_OPTIONS.get(override.partition("=")[0])) is not None:
-                raise UserError(f"--set {override}: here it is said by {option}")
-        found = find_model(model, session.store, session.tracker, overrides or (), verb="sample")
-        session.progress.start("sample", f"{counted(n, 'image')} of {found.origin}")
-        settings, workers = Settings.of(found.spec.sample, seed), found.spec.sample.workers
-        samples = sample_job(found, settings, n, Place.of(out), session.cluster, workers, session.progress)
-        grid = draw_grid(samples)
-        session.progress.finish("sample", f"{counted(n, 'image')}, grid at {grid}")
-    print_result(as_json, {**asdict(samples), "grid": str(grid)}, lambda: print(f"{samples.out}  {samples.sha256}"))
 
 
 @app.command()

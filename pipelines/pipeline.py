@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.data.manifest import Dataset
+from pipelines.drawing import device_of
 from pipelines.errors import Refused, UserError
 from pipelines.ingested import ingested
 from pipelines.models import Model, of_checkpoint
@@ -12,7 +13,7 @@ from pipelines.progress import counted
 from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.steps import Done, Step, Steps
-from pipelines.store import sha256
+from pipelines.store import Place, sha256
 from pipelines.train.end import last_step, limits
 from pipelines.train.registered import with_first_weights
 from pipelines.train.run import Run, check_trainable, run_name, training_identity
@@ -89,15 +90,12 @@ def run(spec: Spec, session: Session) -> Result:
 
 def _check_evaluable(spec: Spec, dataset: Dataset) -> None:
     """UserError, before the training, where the evaluation after it could not be done."""
-    if len(dataset.classes) == 1:
-        raise UserError(f"data.source: {spec.data.source} has one class, scores need two or more; or use `ddpm train`")
-    if not dataset.classes or any(split["unlabelled"] for split in dataset.card["splits"].values()):
+    from pipelines.evaluate.sets import FEWEST
+
+    if (held_out := len(dataset.split("held-out"))) < FEWEST:
         raise UserError(
-            f"data.source: {spec.data.source} has no labels for every image, which scores need: "
-            "put each class in a folder of its own, or use `ddpm train`, which needs none"
+            f"data.held_out: of {spec.data.source} {held_out} images are held out, and scores need {FEWEST}; raise it"
         )
-    if len(dataset.split("held-out")) < 4:
-        raise UserError("data.held_out: fewer than 4 images are held out, too few to score against; raise it")
 
 
 def run_training(spec: Spec, session: Session) -> dict[str, Any]:
@@ -209,7 +207,7 @@ def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) 
 
     return Step(
         name="evaluate",
-        version=1,
+        version=2,
         inputs={
             "model": model.identity,
             "dataset": dataset.digest,
@@ -219,6 +217,7 @@ def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) 
             "seed": spec.seed,
         },
         work=work,
+        needs=lambda outputs: Place.of(outputs["pairs"]).exists(),
         doing="feature network, samples, bits/dim",
     )
 
@@ -229,7 +228,7 @@ def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, sessi
     from pipelines.sample import holds_samples, sample_spec
 
     def work() -> dict[str, Any]:
-        samples = sample_spec(model, spec, spec.sample.n, session)
+        samples = sample_spec(model, spec, spec.sample.n, session, dataset.class_counts)
         pictures = draw_pictures(spec, dataset, model, training, samples)
         out = samples.out.removeprefix(f"{session.store}/")
         summary = f"{samples.n:,} images, grid at {training.place / 'grid.png'}"
@@ -308,5 +307,5 @@ def promote_step(spec: Spec, registered: Mapping[str, Any], session: Session) ->
 def _sampling(spec: Spec) -> dict[str, Any]:
     """The fields of sampling that decide an image."""
     sampling = spec.sample.model_dump(mode="json")
-    del sampling["n"], sampling["workers"]
-    return sampling
+    del sampling["n"], sampling["workers"], sampling["resources"]
+    return {**sampling, "device": device_of(spec.sample)}

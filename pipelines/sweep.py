@@ -18,7 +18,8 @@ from typing import Any
 from ddpm_core import noise
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed, UserError, one_line
-from pipelines.evaluate.job import MEASURE, feature_net
+from pipelines.evaluate.extractors import feature_net
+from pipelines.evaluate.job import MEASURE
 from pipelines.fields import set_field
 from pipelines.progress import counted
 from pipelines.session import Session
@@ -73,7 +74,7 @@ def sweep_step(spec: Spec, dataset: Dataset, session: Session) -> Step:
         "sweep": spec.sweep.model_dump(mode="json"),
         "measure": MEASURE,
         "evaluate": spec.evaluate.model_dump(mode="json"),
-        "sampling": spec.sample.model_dump(mode="json", exclude={"workers", "n"}),
+        "sampling": spec.sample.model_dump(mode="json", exclude={"workers", "resources", "n"}),
         "tracking": session.tracking_uri,
     }
     name = f"{spec.name}-{identity(inputs)[:12]}"
@@ -146,7 +147,7 @@ def sweep(spec: Spec, dataset: Dataset, session: Session, name: str) -> list[Tri
     for run, (_, trial) in zip(runs, trials, strict=True):
         run.describe(trial, dataset.digest)
         run.forget_live()
-    feature_net(dataset, spec, session)
+    feature_net(dataset, spec.evaluate, session)
     folder = session.store / "sweeps" / name
     setting = {
         "dataset": str(dataset.place),

@@ -9,7 +9,8 @@ from typing import Any
 
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed
-from pipelines.evaluate.job import held_out_bits, sampled_frechet
+from pipelines.evaluate.job import sampled_frechet
+from pipelines.evaluate.likelihood import held_out_bits
 from pipelines.models import of_checkpoint
 from pipelines.spec import Spec, parse_spec
 from pipelines.store import Place

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from pipelines.data.order import owners
-from pipelines.sections import Model, Train
+from pipelines.sections import Evaluate, Model, Train
 
 if TYPE_CHECKING:
     from pipelines.spec import Spec
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 def without_effect(spec: "Spec") -> list[str]:
     """What of a spec changes nothing, because of what else it says."""
-    return [*_of_model(spec.model), *_of_training(spec.train, spec.model), *_of_sampling(spec)]
+    return [
+        *_of_model(spec.model),
+        *_of_training(spec.train, spec.model),
+        *_of_sampling(spec),
+        *_of_evaluation(spec.evaluate),
+    ]
 
 
 def warn_without_effect(spec: "Spec", said: Collection[str] = ()) -> None:
@@ -72,6 +77,20 @@ def _of_training(train: Train, model: Model) -> list[str]:
             f"train.keep_every: checkpoints are written every {train.checkpoint_every} steps, of which those at "
             f"multiples of {both} are kept"
         )
+    return lines
+
+
+def _of_evaluation(evaluate: Evaluate) -> list[str]:
+    given = {name for name, field in Evaluate.model_fields.items() if getattr(evaluate, name) != field.default}
+    lines = []
+    if evaluate.exact and "bits_timesteps" in given:
+        lines.append("evaluate.bits_timesteps: has no effect with evaluate.exact, which takes all")
+    if evaluate.inception is not None:
+        lines += [
+            f"evaluate.{name}: has no effect with evaluate.inception, which is trained already"
+            for name in ("feature_width", "feature_epochs")
+            if name in given
+        ]
     return lines
 
 

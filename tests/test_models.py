@@ -12,7 +12,7 @@ from pipelines.drawing import Settings
 from pipelines.errors import UserError
 from pipelines.models import Model, find_model
 from pipelines.pipeline import evaluate_step
-from pipelines.sample import Job
+from pipelines.sample.job import Job
 from pipelines.sections import Sample
 from pipelines.session import Session
 from pipelines.store import Place
@@ -39,7 +39,7 @@ def test_the_same_weights_used_otherwise_are_another_model(session: Session, tmp
     dataset = small_dataset(session.store / "data")
     steps = [evaluate_step(m.spec, dataset, m, session) for m in (small, large)]
     assert steps[0].key != steps[1].key
-    jobs = [Job(Place.of(tmp_path), SETTINGS, m.identity, m.digest).record() for m in (small, large)]
+    jobs = [Job(Place.of(tmp_path), SETTINGS, m.identity, m.digest, None).record() for m in (small, large)]
     assert jobs[0] != jobs[1]
 
 

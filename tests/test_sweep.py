@@ -13,7 +13,7 @@ from pipelines.cluster import Cluster
 from pipelines.data.ingest import ingest
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed, UserError
-from pipelines.evaluate.job import held_out_bits
+from pipelines.evaluate.likelihood import held_out_bits
 from pipelines.models import of_checkpoint
 from pipelines.pipeline import run_sweep, run_training
 from pipelines.session import Session

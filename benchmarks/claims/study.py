@@ -16,10 +16,11 @@ from benchmarks.claims.cache import Cache
 from benchmarks.claims.data import Data, Pixels, Work
 from ddpm_core import Ema, GaussianDiffusion, NoiseSchedule, UNet, UNetConfig, losses, noise, sample
 from pipelines.data.pixels import to_model, to_pixels
+from pipelines.evaluate.bits import bits_score, estimate_bits
 from pipelines.evaluate.chance import generator
-from pipelines.evaluate.evaluate import bits_score, estimate_bits, frechet_score
 from pipelines.evaluate.features import FORMAT as FEATURES_FORMAT
 from pipelines.evaluate.features import FeatureNet, train_feature_net
+from pipelines.evaluate.sets import SetFeatures, frechet_score
 
 TIMESTEPS = 1000
 EMA_HALF_LIFE = 2000.0
@@ -151,10 +152,9 @@ class Study:
         def make() -> dict[str, Any]:
             drawn = self.drawn(variant, seed, way)
             assert drawn is not None
+            held_out = self._held_out("frechet", 2 * self.data.work.samples)
             score = frechet_score(
-                self._feature_net,
-                drawn,
-                self._held_out("frechet", 2 * self.data.work.samples),
+                SetFeatures.of(self._feature_net, drawn, held_out, MEASURE_SEED),
                 seed=MEASURE_SEED,
                 provenance={},
                 splits=SPLITS,

@@ -2,74 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
 
+from benchmarks.rows import Measure, Round, Rounds, Row, Unit, table_of
 from benchmarks.stepping.account import EXCHANGE, FORWARD_BACKWARD, MERGING, OPTIMIZER
 from pipelines.train.pace import FORWARD_SHARE, SCORING_SHARE
-
-Round = Mapping[str, Any]
-Rounds = Mapping[str, Sequence[Round]]
-"""By stage."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Median of the rounds, lower and upper quartile, least and greatest."""
-
-    name: str
-    unit: Literal["ratio", "share", "seconds"]
-    median: float
-    low: float
-    high: float
-    least: float
-    greatest: float
-    rounds: int
-    goal: float | None
-    bound: float | None
-    """A floor of ratios, a ceiling of shares and seconds."""
-
-    @property
-    def verdict(self) -> str:
-        """Whether bound and goal are met."""
-        if self.bound is None:
-            return ""
-        higher = self.unit == "ratio"
-        if (self.median < self.bound) if higher else (self.median >= self.bound):
-            return "MISSED"
-        if self.goal is not None and self.median < self.goal:
-            return "met, the goal is not"
-        return "met"
-
-    def to_json(self) -> dict[str, Any]:
-        """The value under its unit; `low` and `high` are the quartiles."""
-        bound = "floor" if self.unit == "ratio" else "ceiling"
-        return {
-            "name": self.name,
-            self.unit: self.median,
-            **{name: getattr(self, name) for name in ("low", "high", "least", "greatest", "rounds", "goal")},
-            bound: self.bound,
-            "verdict": self.verdict,
-        }
-
-
-@dataclass(frozen=True)
-class Measure:
-    """How a row is made of a stage's rounds."""
-
-    name: str
-    stage: str
-    unit: Literal["ratio", "share", "seconds"]
-    value: Callable[[Round], float]
-    goal: float | None = None
-    bound: float | None = None
-
-    def row(self, rounds: Sequence[Round]) -> Row:
-        values = [self.value(one) for one in rounds]
-        low, high = values * 2 if len(values) == 1 else statistics.quantiles(values, n=4, method="inclusive")[::2]
-        spread = (statistics.median(values), low, high, min(values), max(values))
-        return Row(self.name, self.unit, *spread, len(values), self.goal, self.bound)
 
 
 def _of_step(*parts: str) -> Callable[[Round], float]:
@@ -102,7 +39,7 @@ def measures(presets: Sequence[str]) -> list[Measure]:
         def add(
             name: str,
             stage: str,
-            unit: Literal["ratio", "share", "seconds"],
+            unit: Unit,
             value: Callable[[Round], float],
             goal: float | None = None,
             bound: float | None = None,
@@ -128,22 +65,7 @@ def measures(presets: Sequence[str]) -> list[Measure]:
 
 def page(rows: Sequence[Row], rounds: Rounds, presets: Sequence[str], machine: str) -> str:
     """The page in docs, markdown."""
-    lines = [
-        _PROSE.strip(),
-        "",
-        f"{machine}.",
-        "",
-        "| row | median (quartiles) | least to greatest | rounds | goal | bound |",
-    ]
-    lines.append("|---|---:|---:|---:|---:|---:|")
-    for row in rows:
-        write = _WRITTEN[row.unit]
-        goal = "" if row.goal is None else write(row.goal)
-        bound = "" if row.bound is None else f"{write(row.bound)}, {row.verdict}"
-        spread = f"{write(row.median)} ({write(row.low)} to {write(row.high)})"
-        lines.append(
-            f"| {row.name} | {spread} | {write(row.least)} to {write(row.greatest)} | {row.rounds} | {goal} | {bound} |"
-        )
+    lines = [_PROSE.strip(), "", f"{machine}.", "", *table_of(rows)]
     accounts = {preset: rounds[f"account {preset}"] for preset in presets if rounds.get(f"account {preset}")}
     if accounts:
         lines += ["", _ACCOUNT.strip(), "", f"| part | {' | '.join(accounts)} |", "|---|" + "---:|" * len(accounts)]
@@ -156,12 +78,6 @@ def page(rows: Sequence[Row], rounds: Rounds, presets: Sequence[str], machine: s
         lines.append(f"| a step (s) | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
-
-_WRITTEN: dict[str, Callable[[float], str]] = {
-    "ratio": lambda value: f"{value:.3f}",
-    "share": lambda value: f"{100 * value:.2g} %",
-    "seconds": lambda value: f"{value:.1f} s",
-}
 
 _PROSE = """
 # Training, measured

@@ -1,4 +1,4 @@
-"""A small network whose features a Frechet distance is taken in, trained on the data's own labels.
+"""A small network whose features a Frechet distance is taken in, trained on the data's own labels, or without any.
 
 No download and no Inception: the network is a classifier of the training split, at most 64 features wide, so that
 a covariance is well estimated from a few hundred images. What makes its features fit for judging samples:
@@ -8,6 +8,9 @@ a covariance is well estimated from a few hundred images. What makes its feature
   linear layer there is little but the class, and noise is 30 to 60 floors from the digits instead of 65 to 85.
 - It is trained on shifted and slightly noised images, so that it does not hang on the last grey level of a pixel.
 - Layer normalisation: with batch normalisation it is contrast that moves a model away from the data.
+
+Where the data has no labels, the network learns which of four ways an image was turned (Gidaris et al. 2018,
+"Unsupervised representation learning by predicting image rotations").
 
 Training is a pure function of (images, labels, settings, seed, threads), bit for bit on the same software. Bits of
 the features may depend on `batch` and on torch's threads.
@@ -19,7 +22,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +44,9 @@ PREPROCESSING = "uint8 / 127.5 - 1, at the data's own size"
 
 Pixels = NDArray[np.uint8]
 Features = NDArray[np.float64]
+
+TURNS = 4
+"""Ways in which an image can be turned by right angles."""
 
 BATCH = 64
 LEARNING_RATE = 3e-3
@@ -65,6 +71,8 @@ class FeatureConfig:
     classes: int
     width: int
     """Number of features."""
+    task: Literal["classes", "turns"] = "classes"
+    """What the network was trained to tell."""
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3) or self.side < MIN_SIDE:
@@ -118,15 +126,27 @@ class FeatureNet(nn.Module):
         return out
 
     def accuracy(self, images: Pixels, labels: NDArray[np.int64], batch: int = 256) -> float:
-        """Part of the images uint8 [N, H, W, C] whose class it names as `labels` int64 [N] do."""
+        """Part of the images uint8 [N, H, W, C] whose class it names as `labels` int64 [N] do; of a network without
+        classes, part of the four turns of each that it tells.
+        """
+        if self.config.task == "turns":
+            turned = [np.rot90(images, turn, axes=(1, 2)) for turn in range(TURNS)]
+            return float(np.mean([self.guesses(x, batch) == turn for turn, x in enumerate(turned)]))
         _check_labels(images, labels)
+        return float((self.guesses(images, batch) == labels).mean())
+
+    def guesses(self, images: Pixels, batch: int = 256) -> NDArray[np.int64]:
+        """The class, or turn, that it takes each of the images uint8 [N, H, W, C] for."""
         self._check(images)
-        right = 0
+        found = np.empty(len(images), dtype=np.int64)
         with torch.inference_mode():
             for start in range(0, len(images), batch):
-                guess = self(to_model(images[start : start + batch])).argmax(1).numpy()
-                right += int((guess == labels[start : start + batch]).sum())
-        return right / len(images)
+                found[start : start + batch] = self(to_model(images[start : start + batch])).argmax(1).numpy()
+        return found
+
+    @property
+    def preprocessing(self) -> str:
+        return PREPROCESSING
 
     @property
     def digest(self) -> str:
@@ -136,7 +156,10 @@ class FeatureNet(nn.Module):
     def save(self) -> bytes:
         """A safetensors file with the config in its metadata."""
         # One metadata entry: safetensors writes several in no fixed order.
-        config = canonical_json({"format": FORMAT, "kind": "feature-net", **asdict(self.config)})
+        fields = asdict(self.config)
+        if self.config.task == "classes":  # a network with classes is what it was before there were others
+            del fields["task"]
+        config = canonical_json({"format": FORMAT, "kind": "feature-net", **fields})
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
         return safetensors.save(weights, metadata={"config": config})
 
@@ -170,26 +193,27 @@ class FeatureNet(nn.Module):
 def train_feature_net(
     images: Pixels, labels: NDArray[np.int64], *, width: int = MAX_WIDTH, epochs: int, seed: int, threads: int = 1
 ) -> FeatureNet:
-    """A network trained to name the labels int64 [N] (0-based classes) of images uint8 [N, H, W, C].
+    """A network trained to name the labels int64 [N] (0-based classes) of images uint8 [N, H, W, C]; where some have
+    none, or all have the same, to tell which way square images were turned.
 
     Runs on `threads` torch threads of this process and puts their number back; global generators stay as they are.
-    UserError for images without labels, of a single class, or too small.
+    UserError for images that are too small.
     """
-    _check_labels(images, labels)
-    classes = int(labels.max()) + 1
-    if len(np.unique(labels)) < 2:
-        raise UserError("the images are all of one class: evaluation needs labels of two classes or more")
+    if len(images) == 0 or len(images) != len(labels):
+        raise ValueError(f"{len(images)} images and {len(labels)} labels: as many of both, and not none")
     side = min(images.shape[1:3])
     if side < MIN_SIDE:
         raise UserError(f"data.image_size: evaluation needs {MIN_SIDE} pixels or more a side, not {side}")
-    net = FeatureNet(FeatureConfig(channels=images.shape[3], side=side, classes=classes, width=width))
+    has_classes = int(labels.min()) >= 0 and len(np.unique(labels)) > 1
+    classes = int(labels.max()) + 1 if has_classes else TURNS
+    net = FeatureNet(FeatureConfig(images.shape[3], side, classes, width, "classes" if has_classes else "turns"))
     with torch_threads(threads):
         _initialise(net, seed)
-        _fit(net, to_model(images), torch.from_numpy(labels), epochs, seed)
+        _fit(net, to_model(images), torch.from_numpy(labels) if has_classes else None, epochs, seed)
     return net.eval()
 
 
-def _fit(net: FeatureNet, images: Tensor, labels: Tensor, epochs: int, seed: int) -> None:
+def _fit(net: FeatureNet, images: Tensor, labels: Tensor | None, epochs: int, seed: int) -> None:
     batch = min(BATCH, len(images))
     batches = len(images) // batch
     steps = epochs * batches
@@ -199,10 +223,16 @@ def _fit(net: FeatureNet, images: Tensor, labels: Tensor, epochs: int, seed: int
         for step in range(epoch * batches, (epoch + 1) * batches):
             rows = order[step % batches * batch :][:batch]
             generator = _generator(seed, "feature-step", step)
-            features = net.pooled(_augment(images[rows], generator))
+            given = images[rows]
+            if labels is None:
+                told = torch.randint(TURNS, (len(rows),), generator=generator)
+                given = torch.stack([x.rot90(int(turn), (1, 2)) for x, turn in zip(given, told, strict=True)])
+            else:
+                told = labels[rows]
+            features = net.pooled(_augment(given, generator))
             # Dropout by hand: torch's own takes the global generator.
             kept = torch.rand(features.shape, generator=generator) >= DROPOUT
-            loss = F.cross_entropy(net.classifier(features * kept / (1 - DROPOUT)), labels[rows])
+            loss = F.cross_entropy(net.classifier(features * kept / (1 - DROPOUT)), told)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for group in optimizer.param_groups:

@@ -73,16 +73,6 @@ def halvings(count: int, n: int, seed: int, splits: int) -> Iterator[tuple[NDArr
         yield order[:n], order[n : 2 * n]
 
 
-def real_floor(features: Features, n: int, seed: int, splits: int) -> Features:
-    """Distances [splits] between two random halves, n images each, of the same features [count, d]."""
-    return np.array(
-        [
-            frechet_distance(Statistics.of(features[first]), Statistics.of(features[second]))
-            for first, second in halvings(len(features), n, seed, splits)
-        ]
-    )
-
-
 def bootstrap_spread(a: Features, b: Features, seed: int, replicates: int) -> tuple[float, float]:
     """How far the distance between two sets would move with other images: 2.5 % and 97.5 % points, around 0.
 

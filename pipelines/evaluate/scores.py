@@ -9,12 +9,23 @@ from pipelines.store import DamageError
 
 FORMAT = 1
 
-FRECHET = "frechet"
+FRECHET, KID = "frechet", "kid"
+PRECISION, RECALL, DENSITY, COVERAGE = "precision", "recall", "density", "coverage"
 BITS_PER_DIM = "bits_per_dim"
+NEAR_FEATURES, NEAR_PIXELS = "near_training_in_features", "near_training_in_pixels"
+AGREEMENT = "class_agreement"
 
+MORE_IS_BETTER = {PRECISION, RECALL, DENSITY, COVERAGE, AGREEMENT}
+"""Of the others less is."""
+
+_OF_SETS = ("n", "features_digest", "preprocessing", "split", "dataset_digest")
 DECIDING = {
-    FRECHET: ("n", "features_digest", "preprocessing", "split", "dataset_digest"),
-    BITS_PER_DIM: ("n", "preprocessing", "split", "dataset_digest"),
+    **dict.fromkeys((FRECHET, KID), _OF_SETS),
+    **dict.fromkeys((PRECISION, RECALL, DENSITY, COVERAGE), (*_OF_SETS, "neighbours")),
+    BITS_PER_DIM: ("n", "preprocessing", "split", "dataset_digest", "estimate"),
+    NEAR_FEATURES: ("features_digest", "preprocessing", "dataset_digest", "share"),
+    NEAR_PIXELS: ("dataset_digest", "share"),
+    AGREEMENT: ("features_digest", "preprocessing", "dataset_digest"),
 }
 """By score, the fields that change what it measures: where they differ, two scores are of different things.
 
@@ -28,7 +39,7 @@ class Score:
     """One number that says how good samples or a model are, with all that it takes to compare it."""
 
     name: str
-    """`frechet` or `bits_per_dim`; less is better of both."""
+    """One of those above."""
     value: float
     interval: tuple[float, float]
     """95 % interval."""

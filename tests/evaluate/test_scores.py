@@ -8,9 +8,10 @@ from ddpm_core import GaussianDiffusion, NoiseSchedule, UNet, UNetConfig, bits_p
 from pipelines.data.pixels import to_model
 from pipelines.drawing import Settings, draw
 from pipelines.errors import Failed, UserError
-from pipelines.evaluate.evaluate import bits_score, estimate_bits, frechet_score, uniform_noise
+from pipelines.evaluate.bits import bits_score, estimate_bits
 from pipelines.evaluate.features import FeatureNet
 from pipelines.evaluate.scores import Score, comparable
+from pipelines.evaluate.sets import SetFeatures, frechet_score, uniform_noise
 from pipelines.sections import Sample
 from pipelines.store import DamageError
 from tests.evaluate.conftest import Digits
@@ -20,7 +21,8 @@ KNOWN = {"dataset_digest": "d" * 64, "model_digest": "m" * 64, "sampler": "ddim"
 
 def of(net: FeatureNet, samples: np.ndarray, digits: Digits, **settings: int) -> Score:
     chosen = {"seed": 0, "splits": 20, "replicates": 30, **settings}
-    return frechet_score(net, samples, digits.held_out, provenance=KNOWN, **chosen)
+    sets = SetFeatures.of(net, samples, digits.held_out, chosen["seed"])
+    return frechet_score(sets, provenance=KNOWN, **chosen)
 
 
 def test_real_images_are_at_about_one_floor_and_noise_is_far(net: FeatureNet, digits: Digits) -> None:
@@ -72,7 +74,7 @@ def test_too_few_images_are_refused(net: FeatureNet, digits: Digits) -> None:
     with pytest.raises(UserError, match=r"too few .* sample\.n"):
         of(net, digits.train[:1], digits)
     with pytest.raises(UserError, match=r"data\.held_out"):
-        frechet_score(net, digits.train, digits.held_out[:3], seed=0, provenance={})
+        SetFeatures.of(net, digits.train, digits.held_out[:3], seed=0)
 
 
 def test_a_score_survives_json(net: FeatureNet, digits: Digits) -> None:
@@ -87,7 +89,8 @@ def test_a_score_survives_json(net: FeatureNet, digits: Digits) -> None:
 
 def test_no_infinity_reaches_json(net: FeatureNet, digits: Digits) -> None:
     same = np.repeat(digits.held_out[:1], 10, axis=0)
-    score = frechet_score(net, digits.train[:5], same, seed=0, provenance={}, splits=2, replicates=2)
+    sets = SetFeatures.of(net, digits.train[:5], same, seed=0)
+    score = frechet_score(sets, seed=0, provenance={}, splits=2, replicates=2)
     json.dumps(score.to_json(), allow_nan=False)
     assert score.in_floors > 1e6
 
