@@ -199,7 +199,7 @@ def _starting(spec: Spec) -> str:
 
 def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) -> Step:
     """The model meets images that it has not seen."""
-    from pipelines.evaluate.job import MEASURE, evaluate
+    from pipelines.evaluate.job import Question, evaluate
 
     def work() -> dict[str, Any]:
         evaluation = evaluate(model, dataset, spec, session)
@@ -211,10 +211,8 @@ def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) 
         inputs={
             "model": model.identity,
             "dataset": dataset.digest,
-            "measure": MEASURE,
-            "evaluate": spec.evaluate.model_dump(mode="json"),
+            **Question(spec.evaluate, spec.seed).fields(),
             "sampling": _sampling(spec),
-            "seed": spec.seed,
         },
         work=work,
         needs=lambda outputs: Place.of(outputs["pairs"]).exists(),

@@ -31,7 +31,6 @@ class Inception:
     """The features of the last pooling layer, [N, 2048]."""
 
     preprocessing = PREPROCESSING
-    width = WIDTH
 
     def __init__(self, network: "InceptionV3", digest: str) -> None:
         self._network = network.eval().requires_grad_(False)
@@ -41,10 +40,7 @@ class Inception:
     @staticmethod
     def load(path: str) -> "Inception":
         """From a weights file. UserError where it is none."""
-        try:
-            data = Path(path).expanduser().read_bytes()
-        except OSError as error:
-            raise UserError(f"evaluate.inception: {path} cannot be read ({one_line(error)})") from None
+        data = _read(path)
         network = InceptionV3()
         try:
             weights = _weights(data)
@@ -66,6 +62,18 @@ class Inception:
                 x = (resize(pixels.expand(-1, 3, -1, -1)) - 128) / 128
                 out[start : start + batch] = self._network(x).double().numpy()
         return out
+
+
+def file_digest(path: str) -> str:
+    """sha256 of a weights file. UserError where it cannot be read."""
+    return sha256(_read(path))
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"evaluate.inception: {path} cannot be read ({one_line(error)})") from None
 
 
 def _weights(data: bytes) -> dict[str, Tensor]:

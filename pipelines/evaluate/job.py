@@ -21,6 +21,7 @@ from pipelines.evaluate.extractors import SEED as FEATURE_SEED
 from pipelines.evaluate.extractors import extractor, kept_net
 from pipelines.evaluate.features import FORMAT as FEATURES_FORMAT
 from pipelines.evaluate.images import Reference, score_images
+from pipelines.evaluate.inception import file_digest
 from pipelines.evaluate.judge import draw_and_look
 from pipelines.evaluate.likelihood import LikelihoodTasks
 from pipelines.evaluate.look import Look
@@ -81,7 +82,10 @@ class Question:
     """Of the scores' own chance."""
 
     def fields(self) -> dict[str, Any]:
-        return {"evaluate": self.evaluate.model_dump(mode="json"), "seed": self.seed, "measure": MEASURE}
+        """All of it that an answer depends on. UserError where the file of a network cannot be read."""
+        asked = self.evaluate.model_dump(mode="json", exclude={"keep_samples", "inception"})
+        features = file_digest(self.evaluate.inception) if self.evaluate.inception is not None else None
+        return {"evaluate": asked, "features": features, "seed": self.seed, "measure": MEASURE}
 
 
 def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Evaluation:
@@ -93,6 +97,11 @@ def evaluate(model: Model, dataset: Dataset, spec: Spec, session: Session) -> Ev
     answer = _Answer(asked, dataset, Question(spec.evaluate, spec.seed), session)
     if (known := answer.known()) is not None:
         return known
+    if model.dataset_digest != dataset.digest:
+        session.progress.say(
+            f"warning: {model.origin} was trained on other data than {dataset.place}: images that are held out there "
+            "may be among them, and near_training is about training images that it may not have seen"
+        )
     reference = answer.reference()
     # The bound's tasks run beside the sampling.
     bits = LikelihoodTasks(model, dataset, spec, session)
@@ -110,6 +119,12 @@ def evaluate_samples(images: Dataset, dataset: Dataset, question: Question, sess
     for name in ("image_size", "channels"):
         if (given := getattr(images, name)) != (wanted := getattr(dataset, name)):
             raise UserError(f"SAMPLES {images.place}: {name} {given}, --against {dataset.place}: {wanted}")
+    if min(n := len(images.split("train")), len(dataset.split(HELD_OUT)) // 2) < FEWEST // 2:
+        held_out = len(dataset.split(HELD_OUT))
+        raise UserError(
+            f"SAMPLES {images.place}: {n} images against {held_out} held-out ones of {dataset.place}; scores need "
+            f"{FEWEST // 2} and {FEWEST}"
+        )
     answer = _Answer({"samples": images.digest}, dataset, question, session)
     if (known := answer.known()) is not None:
         return known
@@ -118,7 +133,7 @@ def evaluate_samples(images: Dataset, dataset: Dataset, question: Question, sess
     if is_job := (images.place / JOB).exists():
         record = (images.place / JOB).read_json()
         provenance |= {name: record[name] for name in _OF_A_JOB} | {"sample_seed": record["seed"]}
-    look = reference.look(images, len(images.split("train")))
+    look = reference.look(images, n)
     asked_for = is_job and bool(images.classes)
     scored = score_images(look, reference, seed=question.seed, provenance=provenance, asked=asked_for)
     return answer.keep(scored.scores, scored.pairs, str(images.place), reference)
@@ -217,7 +232,8 @@ def _look_at_drawn(
 def _of_model(model: Model, spec: Spec) -> dict[str, Any]:
     """What the scores of a model's images know of it."""
     drawn = spec.sample.model_dump(mode="json", exclude={"n", "workers", "resources", "threads", "seed"})
-    return {"model_digest": model.digest, "ema": model.average, **drawn, "sample_seed": spec.sample.seed}
+    known = {"model_digest": model.digest, "trained_on_digest": model.dataset_digest, "ema": model.average}
+    return {**known, **drawn, "sample_seed": spec.sample.seed}
 
 
 def _images_to_draw(dataset: Dataset, spec: Spec, session: Session) -> int:

@@ -54,6 +54,7 @@ class LikelihoodTasks:
             "model_digest": self._model.digest,
             "dataset_digest": self._dataset.digest,
             "ema": self._model.average,
+            "given": "nothing" if self._model.spec.model.classes is None else "class",
             "levels": 256,
         }
         return bits_score(estimates, images, seed=self._spec.seed, provenance={**provenance, **made})

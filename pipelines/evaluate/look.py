@@ -6,6 +6,9 @@ was killed goes on, and only new images are looked at.
 
 import functools
 import io
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -56,7 +59,7 @@ class Look:
 
     @staticmethod
     def load(data: bytes) -> "Look":
-        """The inverse of `save`. KeyError, ValueError, EOFError or OSError for anything else."""
+        """The inverse of `save`. What numpy and zip raise for anything else."""
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return Look(**{field.name: arrays[field.name] for field in fields(Look)})
 
@@ -97,8 +100,10 @@ class Looker:
         place = self._kept / f"{key}.npz"
         try:
             return Look.load(place.read())
-        except (FileNotFoundError, KeyError, ValueError, EOFError):
+        except FileNotFoundError:
             pass
+        except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
+            warnings.warn(f"{place}: is damaged, and made again", stacklevel=2)
         look = self.at(*read())
         place.write(look.save())
         return look

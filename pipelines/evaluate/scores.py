@@ -22,7 +22,7 @@ _OF_SETS = ("n", "features_digest", "preprocessing", "split", "dataset_digest")
 DECIDING = {
     **dict.fromkeys((FRECHET, KID), _OF_SETS),
     **dict.fromkeys((PRECISION, RECALL, DENSITY, COVERAGE), (*_OF_SETS, "neighbours")),
-    BITS_PER_DIM: ("n", "preprocessing", "split", "dataset_digest", "estimate"),
+    BITS_PER_DIM: ("n", "preprocessing", "split", "dataset_digest", "estimate", "given"),
     NEAR_FEATURES: ("features_digest", "preprocessing", "dataset_digest", "share"),
     NEAR_PIXELS: ("dataset_digest", "share"),
     AGREEMENT: ("features_digest", "preprocessing", "dataset_digest"),

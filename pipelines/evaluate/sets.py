@@ -18,7 +18,7 @@ from pipelines.evaluate.features import Pixels, torch_threads
 from pipelines.evaluate.frechet import Features, Statistics, bootstrap_spread, frechet_distance, halvings
 from pipelines.evaluate.kernel import kernel_distance, kernel_interval, kernel_spread
 from pipelines.evaluate.neighbours import NEIGHBOURS, mean_interval, neighbour_terms
-from pipelines.evaluate.scores import FRECHET, KID, Score
+from pipelines.evaluate.scores import DENSITY, FRECHET, KID, Score
 
 HELD_OUT = "held-out"
 FEWEST = 2 * (max(NEIGHBOURS.values()) + 1)
@@ -181,7 +181,10 @@ def neighbour_scores(
     scores = []
     for name, k in NEIGHBOURS.items():
         value = float(np.mean(values[name]))
-        low, high = (value + end - terms[name].mean() for end in mean_interval(terms[name], seed, name, replicates))
+        around = float(terms[name].mean())
+        most = np.inf if name == DENSITY else 1.0
+        below, above = (end - around for end in mean_interval(terms[name], seed, name, replicates))
+        low, high = max(0.0, value + min(0.0, below)), min(most, value + max(0.0, above))
         added = {"splits": splits, "neighbours": k, "floor": float(np.mean(floors[name]))}
         scores.append(Score(name, value, (float(low), float(high)), {**sets.provenance(seed, provenance), **added}))
     return scores

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from pipelines import report
 from pipelines.data.manifest import Dataset
 from pipelines.errors import UserError
@@ -18,7 +20,8 @@ from pipelines.session import Session
 from pipelines.store import identity
 
 _SHORT = {"ema": "ema_length"}
-_DECIDES_NOTHING = ("n", "workers", "threads", "resources", "chunk")
+_NOT_VARIED = ("n", "seed", "labels", "workers", "threads", "resources", "chunk")
+"""What decides no image, or would draw other images by the same means."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Study:
 def parse_grid(words: Sequence[str]) -> list[dict[str, Any]]:
     """All combinations of `steps=10,20 sampler=ddim,ancestral`, the last field varying fastest. UserError for a field
     that is none of `sample`, or that decides no image."""
-    known = [name for name in Sample.model_fields if name not in _DECIDES_NOTHING]
+    known = [name for name in Sample.model_fields if name not in _NOT_VARIED]
     fields: dict[str, list[Any]] = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -71,7 +74,13 @@ def parse_grid(words: Sequence[str]) -> list[dict[str, Any]]:
             raise UserError(f"--grid {word}: {hint}")
         if field in fields:
             raise UserError(f"--grid {word}: {name} is there twice")
-        fields[field] = [read_yaml(value) for value in text.split(",")]
+        values = text.split(",")
+        if "" in values or len(set(values)) < len(values):
+            raise UserError(f"--grid {word}: each value once, between commas")
+        try:
+            fields[field] = [read_yaml(value) for value in values]
+        except yaml.YAMLError:
+            raise UserError(f"--grid {word}: a value of it is not valid YAML") from None
     return [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
 
 
@@ -80,8 +89,8 @@ def study(
 ) -> Study:
     """Draw and score every way of the grid, all from the same seeds. `model_of` makes a model by `sample.x=y` words."""
     ways = []
-    for number, setting in enumerate(grid):
-        model = model_of([f"sample.{name}={_word(value)}" for name, value in setting.items()])
+    models = [model_of([f"sample.{name}={_word(value)}" for name, value in one.items()]) for one in grid]
+    for number, (setting, model) in enumerate(zip(grid, models, strict=True)):
         chosen = model.spec.sample
         session.progress.start(f"way {number + 1} of {len(grid)}", said(setting))
         score = score_quality(model, dataset, model.spec, session)

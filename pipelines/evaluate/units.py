@@ -6,6 +6,7 @@ are always the same, and are read from the store where they were made before.
 
 import functools
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,8 +84,10 @@ def _features(net: Extractor, cache: Place, unit: Unit) -> Features:
     place = cache / f"{unit.key}.npy"
     try:
         return np.load(io.BytesIO(place.read()), allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError):
+    except FileNotFoundError:
         pass
+    except (ValueError, EOFError):
+        warnings.warn(f"{place}: is damaged, and made again", stacklevel=2)
     with torch_threads(1):  # the bits are the same in whatever process
         features = net.features(unit.read()[0])
     file = io.BytesIO()

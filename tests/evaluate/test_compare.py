@@ -88,6 +88,10 @@ def test_a_grid_is_all_combinations_in_the_order_that_they_are_said() -> None:
         (["workers=1,2"], "may be"),
         (["steps"], "write it as"),
         (["steps=1", "steps=2"], "there twice"),
+        (["steps=1,,2"], "each value once"),
+        (["steps=2,2"], "each value once"),
+        (["spacing=[a,b"], "not valid YAML"),
+        (["seed=1,2"], "may be"),
     ):
         with pytest.raises(UserError, match=said):
             parse_grid(words)
