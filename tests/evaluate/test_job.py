@@ -171,3 +171,19 @@ def test_images_need_not_be_kept_to_be_scored(dataset: Dataset, shared: Session,
         (s.name, s.value, s.interval) for s in kept.scores
     ]
     assert Path(forgotten.pairs).read_bytes() == Path(kept.pairs).read_bytes()
+
+
+def test_a_look_that_was_damaged_is_made_again(dataset: Dataset, shared: Session, store: Path) -> None:
+    first = evaluate_samples(dataset, dataset, QUESTION, shared)
+    for look in (store / "looks").rglob("*.npz"):
+        look.write_bytes(look.read_bytes()[:-5])
+    with pytest.warns(UserWarning, match="is damaged, and made again"):
+        again = evaluate_samples(dataset, dataset, Question(QUESTION.evaluate, seed=1), shared)
+    assert [score.name for score in again.scores] == [score.name for score in first.scores]
+
+
+def test_data_with_nothing_held_out_is_refused_before_anything_starts(dataset: Dataset, tmp_path: Path) -> None:
+    none_held_out = ingested(Reader(dataset.split("train")).read_all()[0][:50], tmp_path / "none")
+    session = open_session(NoCluster(None), Progress(), tiny_spec(), storage=str(tmp_path / "store"))
+    with pytest.raises(UserError, match="against 0 held-out ones"):
+        evaluate_samples(dataset, none_held_out, QUESTION, session)
