@@ -48,10 +48,6 @@ class Look:
     pixels: Pixels
     """Which of them lie nearest to training images, the nearest first, and their pixels."""
 
-    @property
-    def near(self) -> Nearest:
-        return Nearest(self.index, self.distance)
-
     def save(self) -> bytes:
         file = io.BytesIO()
         np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
@@ -101,7 +97,7 @@ class Looker:
         try:
             return Look.load(place.read())
         except FileNotFoundError:
-            pass
+            pass  # nobody has looked yet
         except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
             warnings.warn(f"{place}: is damaged, and made again", stacklevel=2)
         look = self.at(*read())

@@ -52,15 +52,7 @@ def _nearest(images: NDArray[np.generic], train: NDArray[np.generic]) -> Nearest
         best, column = best.topk(min(_CANDIDATES, best.shape[1]), largest=False)
         where = where.gather(1, column)
     candidates = where.numpy()
-    exact = np.stack(
-        [
-            np.sqrt(
-                ((train[column].astype(np.float64) - images.astype(np.float64)) ** 2).reshape(len(images), -1).sum(1)
-            )
-            for column in candidates.T
-        ],
-        axis=1,
-    )
+    exact = np.stack([_distance(images, train[column]) for column in candidates.T], axis=1)
     choice = exact.argmin(1)
     rows = np.arange(len(images))
     return Nearest(candidates[rows, choice], exact[rows, choice])

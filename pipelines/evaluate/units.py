@@ -85,7 +85,7 @@ def _features(net: Extractor, cache: Place, unit: Unit) -> Features:
     try:
         return np.load(io.BytesIO(place.read()), allow_pickle=False)
     except FileNotFoundError:
-        pass
+        pass  # nobody has needed them yet
     except (ValueError, EOFError):
         warnings.warn(f"{place}: is damaged, and made again", stacklevel=2)
     with torch_threads(1):  # the bits are the same in whatever process

@@ -7,7 +7,8 @@
     dataset.json, shards.parquet, card.md, sheet.png   what makes the shards a dataset (`pipelines.data.manifest`)
     manifest.json               n and the sha256 of all pixels, written when all is done
 
-A name determines its bytes: whoever writes a file twice, a killed attempt's process say that lives on, writes the same.
+Of a chunk's files, the name determines the bytes: whoever writes one twice, a killed attempt's process say that lives
+on, writes the same.
 """
 
 import json
@@ -23,7 +24,6 @@ from pipelines.data.sources import NO_LABEL
 from pipelines.data.write import ShardRecord, is_whole, record_of
 from pipelines.drawing import Settings
 from pipelines.errors import UserError
-from pipelines.files import StorageError
 from pipelines.store import DamageError, Place, check_writable, identity, sha256
 from pipelines.train.run import environment
 
@@ -184,7 +184,7 @@ class Job:
             try:
                 if record is None or shard.size() != record.bytes:
                     return False
-            except (FileNotFoundError, StorageError):
+            except FileNotFoundError:
                 return False
         return True
 
