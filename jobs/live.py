@@ -26,6 +26,8 @@ from pipelines.progress import Progress as Listener
 from pipelines.progress import plain
 
 _LOG_SECONDS = 10.0
+_KNOWN_SECONDS = 0.2
+"""After which a rate means something."""
 
 
 @contextlib.contextmanager
@@ -67,6 +69,21 @@ class _TimeLeft(TimeRemainingColumn):
         return Text.assemble(super().render(task), (" left", "dim"))
 
 
+class _Pace:
+    """Units a second of what is counted, since it was first heard of."""
+
+    def __init__(self) -> None:
+        self._unit, self._since, self._first = "", 0.0, 0
+
+    def rate(self, done: int, unit: str) -> float | None:
+        """None while it is not known."""
+        now = time.monotonic()
+        if unit != self._unit or done < self._first:  # something else is counted now
+            self._unit, self._since, self._first = unit, now, done
+        seconds = now - self._since
+        return (done - self._first) / seconds if seconds > _KNOWN_SECONDS and done > self._first else None
+
+
 class LiveView(_View):
     """One line for each finished step, a bar with rate and time left for the one in hand."""
 
@@ -83,7 +100,7 @@ class LiveView(_View):
             transient=True,
         )
         self._task: Any = None
-        self._began = (0.0, 0)
+        self._pace = _Pace()
         self._started = 0.0
 
     def __enter__(self) -> Self:
@@ -98,15 +115,12 @@ class LiveView(_View):
     def start(self, step: str, doing: str = "") -> None:
         self._drop()
         self._task = self._bar.add_task(step, total=None, figures=f"[dim]{escape(doing)}[/dim]")
-        self._began, self._started = (0.0, 0), time.monotonic()
+        self._pace, self._started = _Pace(), time.monotonic()
 
     def advance(self, done: int, total: int, unit: str, rate: float | None = None, **figures: float) -> None:
         if self._task is None:
             self.start("")
-        if self._began[0] == 0.0 or done < self._began[1]:  # or something else is counted now
-            self._began = (time.monotonic(), done)
-        seconds = time.monotonic() - self._began[0]
-        rate = rate or ((done - self._began[1]) / seconds if seconds > 0.2 else None)
+        rate = self._pace.rate(done, unit) if rate is None else rate
         parts = [f"{done:,}/{total:,} {unit}"]
         if rate:
             parts.append(f"{rate:,.0f} {unit}/s")
@@ -132,22 +146,20 @@ class LogLines(_View):
     """A line when a step begins and ends, and one every ten seconds between."""
 
     def __init__(self) -> None:
-        self._step, self._said, self._began, self._started = "", 0.0, (0.0, 0), 0.0
+        self._step, self._said, self._pace, self._started = "", 0.0, _Pace(), 0.0
 
     def start(self, step: str, doing: str = "") -> None:
-        self._step, self._began, self._started = step, (0.0, 0), time.monotonic()
+        self._step, self._pace, self._started = step, _Pace(), time.monotonic()
         self._said = time.monotonic()
         self.say(f"{step}: {doing or 'begins'}")
 
     def advance(self, done: int, total: int, unit: str, rate: float | None = None, **figures: float) -> None:
-        now = time.monotonic()
-        if self._began[0] == 0.0 or done < self._began[1]:
-            self._began = (now, done)
+        now, measured = time.monotonic(), self._pace.rate(done, unit)
         if now - self._said < _LOG_SECONDS:
             return
         self._said = now
-        rate = rate or (done - self._began[1]) / max(now - self._began[0], 1e-9)
-        speed = f", {rate:,.0f} {unit}/s, {(total - done) / rate:.0f} s left" if rate > 0 else ""
+        rate = measured if rate is None else rate
+        speed = f", {rate:,.0f} {unit}/s, {(total - done) / rate:.0f} s left" if rate else ""
         more = "".join(f", {name} {plain(value)}" for name, value in figures.items())
         self.say(f"{self._step}: {done:,}/{total:,} {unit}{speed}{more}")
 

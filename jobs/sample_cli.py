@@ -1,5 +1,6 @@
 """`ddpm sample`: images in bulk, single ones again, and how they come out of noise."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -13,12 +14,13 @@ from pipelines.progress import counted
 
 _OPTIONS = {"sample.n": "--n", "sample.seed": "--seed", "sample.labels": "--labels"}
 """Fields of a spec for which there are options of its own."""
+_DEFAULT_N = 64
 
 
 def sample(
     model: ModelName,
     out: Annotated[str, typer.Option(help="Folder of the images, or s3://bucket/prefix.")],
-    n: Annotated[int, typer.Option("--n", help="Number of images.", min=1)] = 64,
+    n: Annotated[int | None, typer.Option("--n", help="Number of images [default: 64].", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Image i is a function of model, settings, seed and i.")] = 0,
     labels: Annotated[
         str | None,
@@ -50,7 +52,7 @@ def sample(
     from jobs.live import kept_where_interrupted
     from pipelines.drawing import Settings
     from pipelines.models import find_model
-    from pipelines.sample import Studio, draw_trajectory, sample_images, sample_job, write_form
+    from pipelines.sample import Studio, draw_trajectory, other_forms, sample_images, sample_job, write_form
     from pipelines.sample.singles import MOST_STRIPS
     from pipelines.store import Place
 
@@ -64,18 +66,28 @@ def sample(
         told: dict[str, Any]
         with kept_where_interrupted(session.progress):
             if wanted is None:
+                n = n or _DEFAULT_N
                 session.progress.start("sample", f"{counted(n, 'image')} of {found.origin}")
                 samples = sample_job(found, settings, n, place, studio)
                 told = {**asdict(samples), "files": {form: write_form(samples, form) for form in forms or ()}}
-                session.progress.finish("sample", f"{counted(n, 'image')}, some of them on {told['sheet']}")
+                for line in other_forms(samples):
+                    session.progress.say(line)
+                shown = f", some of them on {samples.sheet}" if samples.sheet else ""
+                session.progress.finish("sample", f"{counted(n, 'image')}{shown}")
             else:
+                for option, given in (("--n", n), ("--format", forms)):
+                    if given:
+                        warnings.warn(f"{option}: has no effect with --images", stacklevel=1)
                 session.progress.start("sample", f"{counted(len(wanted), 'image')} of {found.origin} again")
                 singles = sample_images(found, settings, wanted, place, studio)
                 told = asdict(singles)
                 session.progress.finish("sample", f"{counted(singles.n, 'image')}, made again")
             if trajectory:
                 session.progress.start("trajectory", "drawing")
-                picture = draw_trajectory(found, settings, wanted or range(min(n, MOST_STRIPS)), place, studio)
+                shown_of = sorted(set(wanted or range(n or _DEFAULT_N)))
+                if wanted and len(shown_of) > MOST_STRIPS:
+                    session.progress.say(f"--trajectory: of the images, the first {MOST_STRIPS} are shown")
+                picture = draw_trajectory(found, settings, shown_of[:MOST_STRIPS], place, studio)
                 told["trajectory"] = str(picture)
                 session.progress.finish("trajectory", str(picture))
     print_result(as_json, told, lambda: _show(told))
@@ -95,12 +107,22 @@ def _check_form(form: str) -> None:
 
 def _overrides(overrides: Sequence[str] | None, labels: str | None) -> list[str]:
     for override in overrides or ():
-        if (option := _OPTIONS.get(override.partition("=")[0])) is not None:
-            raise UserError(f"--set {override}: here it is said by {option}")
+        for name in _fields(override):
+            if (option := _OPTIONS.get(name)) is not None:
+                raise UserError(f"--set {override}: {name} is said by {option} here")
     if labels is None:
         return list(overrides or ())
     value = labels if labels in ("uniform", "data") else str(_numbers("--labels", labels))
     return [*(overrides or ()), f"sample.labels={value}"]
+
+
+def _fields(override: str) -> list[str]:
+    """Of a spec, those that an override sets: one, or those of a section."""
+    name = override.partition("=")[0]
+    from pipelines.fields import apply_overrides
+
+    value = apply_overrides({}, [override]).get(name)
+    return [f"{name}.{field}" for field in value] if isinstance(value, dict) else [name]
 
 
 def _numbers(option: str, text: str) -> list[int]:

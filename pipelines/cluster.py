@@ -89,10 +89,13 @@ class Cluster:
             raise ValueError("a cluster that Ray Tune uses is Cluster(None, for_tune=True)")
 
     def check_cpus(self, field: str, need: int) -> None:
-        """UserError, naming the field, where no task of so many CPUs can ever run: it takes them on one host."""
+        """UserError, naming the field, where no task of so many CPUs can ever run: it takes them on one host.
+
+        A cluster without any CPU has yet to grow, and nothing is known of its hosts.
+        """
         nodes = [node for node in self.connect().nodes() if node["Alive"]]
         have = int(max(node["Resources"].get("CPU", 0) for node in nodes))
-        if need > have:
+        if need > have > 0:
             raise UserError(f"{field}: {need} threads need {need} CPUs of one host, the largest has {have}: lower it")
 
     def cpus(self) -> int:

@@ -48,8 +48,11 @@ class Crew:
 
 @dataclass(frozen=True)
 class _Turn:
+    """What an actor is at."""
+
     actor: Any
-    index: int
+    index: int | None
+    """Of a chunk; None while the actor begins."""
     began: float
 
 
@@ -61,14 +64,19 @@ class Pool:
         self._progress = progress or Progress()
         self._waiting = deque(range(len(chunks)))
         self._open = set(self._waiting)
-        self._starting: dict[Any, Any] = {}
+        self._starting: dict[Any, _Turn] = {}
         """Actors that have not begun, by what answers when they have."""
         self._idle: list[Any] = []
         self._running: dict[Any, _Turn] = {}
         self._took: list[float] = []
+        self._failed_once: set[int] = set()
+        """Chunks that raised in one actor while another was at them: it is waited for, and no third one tries."""
         self._in_a_row = Counter[int | None]()
         """Deaths by chunk, or before any, since a chunk was last finished."""
-        self._errors: dict[int, BaseException] = {}
+        self._wave = 0.0
+        """When the last death before any chunk was counted: who had begun by then died with it, of the same cause."""
+        self._error: Exception | None = None
+        """Of the first chunk that has failed; none after it is open any more."""
         self._quiet_since = time.monotonic()
         self.deaths = 0
 
@@ -76,16 +84,15 @@ class Pool:
         """Yield (index of the chunk, result) as they are done; the actors end with it.
 
         Failed where a chunk ends every process that tries it, or none begins. Where the work itself raises, the error
-        of the first such chunk is raised, whichever was met first, when those in hand have ended.
+        of the first such chunk is raised, whichever was met first, when all chunks before it are done.
         """
         self._ray = self._cluster.connect()
         self._kind = self._ray.remote(**_options(self._crew.resources))(self._crew.kind)
         self._shared = tuple(self._ray.put(value) for value in self._crew.shared)
         try:
-            while self._open and (self._running or not self._errors):
-                if not self._errors:
-                    self._grow()
-                    self._hand_out()
+            while self._open:
+                self._grow()
+                self._hand_out()
                 watched = [*self._running, *self._starting]
                 found, _ = self._ray.wait(watched, num_returns=1, timeout=_LOOK_SECONDS)
                 for answer in found:
@@ -93,22 +100,26 @@ class Pool:
                         yield done
                 self._say_if_nobody_begins()
         finally:
-            for actor in [*self._starting.values(), *self._idle, *(turn.actor for turn in self._running.values())]:
+            turns = (*self._starting.values(), *self._running.values())
+            for actor in [*self._idle, *(turn.actor for turn in turns)]:
                 self._ray.kill(actor)
-        if self._errors:
-            raise self._errors[min(self._errors)]
+        if self._error is not None:
+            raise self._error
 
     def _grow(self) -> None:
         """Start actors, as many as there are chunks for. On a cluster that is joined those that find no room wait: they
-        are what its autoscaler goes by, and what takes over a host that comes. Our own has what it has.
+        are what its autoscaler goes by, and what takes over a host that comes. Our own has what it has. Where none has
+        begun of late, those that are at work go on alone.
         """
+        if self._running and self._in_a_row[None] >= DEATHS:
+            return
         most = min(self._crew.most, len(self._open))
         if self._cluster.is_own:
             room = (int(self._cluster.resource(name) / need + _ROUNDING) for name, need in self._crew.resources.items())
             most = min(most, max(1, min(room)))
         for _ in range(most - len(self._starting) - len(self._idle) - len(self._running)):
             actor = self._kind.remote(*self._crew.arguments)
-            self._starting[actor.ready.remote()] = actor
+            self._starting[actor.ready.remote()] = _Turn(actor, None, time.monotonic())
 
     def _hand_out(self) -> None:
         """Give every idle actor a chunk: the next one, or a straggler's."""
@@ -116,7 +127,7 @@ class Pool:
             index = self._waiting.popleft() if self._waiting else self._straggler()
             if index is None:
                 return
-            if index in self._open:
+            if index in self._open:  # else done by one who was overtaken, or no longer asked for
                 actor = self._idle.pop()
                 answer = actor.do.remote(self._shared, self._chunks[index])
                 self._running[answer] = _Turn(actor, index, time.monotonic())
@@ -124,7 +135,8 @@ class Pool:
     def _straggler(self) -> int | None:
         """The chunk that one actor alone has been at for longest, where that is too long."""
         actors = Counter(turn.index for turn in self._running.values())
-        alone = [turn for turn in self._running.values() if actors[turn.index] == 1 and turn.index in self._open]
+        tried = {index for index in self._open - self._failed_once if actors[index] == 1}
+        alone = [turn for turn in self._running.values() if turn.index in tried]
         if not alone or not self._took:
             return None
         slowest = min(alone, key=lambda turn: turn.began)
@@ -133,40 +145,60 @@ class Pool:
 
     def _take(self, answer: Any) -> tuple[int, Any] | None:
         """What an actor's answer is: a chunk's first result, or nothing to tell."""
-        begun, turn = self._starting.pop(answer, None), self._running.pop(answer, None)
-        actor, index = (turn.actor, turn.index) if turn is not None else (begun, None)
+        turn = self._starting.pop(answer, None) or self._running.pop(answer)
         try:
             result = self._ray.get(answer)
         except self._ray.exceptions.RayTaskError as error:
-            if index is None:
-                raise  # a crew that cannot be made is our mistake
-            if index in self._open:  # else another actor has done it
-                self._errors[index] = error.cause if isinstance(error.cause, Exception) else error
-            self._idle.append(actor)
+            self._failed(turn, error)
             return None
-        except self._ray.exceptions.RayError:
-            self._died(actor, index)
+        except self._ray.exceptions.RayError as error:
+            self._died(turn, error)
             return None
-        self._idle.append(actor)
-        if index is None or index not in self._open:
+        self._idle.append(turn.actor)
+        if turn.index is None or turn.index not in self._open:
             return None
-        self._open.discard(index)
-        assert turn is not None
+        self._open.discard(turn.index)
         self._took.append(time.monotonic() - turn.began)
         self._in_a_row.clear()
-        return index, result
+        return turn.index, result
 
-    def _died(self, actor: Any, index: int | None) -> None:
-        self._ray.kill(actor)  # it may only be out of reach
-        self.deaths += 1
-        if index is not None and index not in self._open:  # another actor has done it
+    def _failed(self, turn: _Turn, error: Any) -> None:
+        """The work raised: the result, then, of its chunk, where no other actor may still do it."""
+        self._idle.append(turn.actor)
+        if turn.index is None or turn.index not in self._open:
             return
-        self._in_a_row[index] += 1
-        if self._in_a_row[index] >= DEATHS:
-            over = "before it had begun" if index is None else "over the same images"
-            raise Failed(f"{self._crew.blame}: a process died {DEATHS} times {over}; {self._crew.advice}")
-        if index is not None and all(turn.index != index for turn in self._running.values()):
-            self._waiting.append(index)  # behind all others: what ends its process is to hinder nothing else
+        if self._is_at_work_on(turn.index):
+            self._failed_once.add(turn.index)
+            return
+        self._error = error.cause if isinstance(error.cause, Exception) else error
+        self._open = {index for index in self._open if index < turn.index}
+
+    def _died(self, turn: _Turn, error: Any) -> None:
+        self._ray.kill(turn.actor)  # it may only be out of reach
+        self.deaths += 1
+        if turn.index is None:
+            self._never_began(turn, error)
+        elif turn.index in self._open and not self._is_at_work_on(turn.index):
+            self._in_a_row[turn.index] += 1
+            if self._in_a_row[turn.index] >= DEATHS:
+                self._give_up("over the same images")
+            self._waiting.append(turn.index)  # behind all others: what ends its process is to hinder nothing else
+
+    def _never_began(self, turn: _Turn, error: Any) -> None:
+        """Those that were lost together, with their host say, count as one."""
+        if getattr(error, "actor_init_failed", False):
+            raise Failed(f"{self._crew.blame}: a process cannot begin: {_cause(error)}")
+        if turn.began > self._wave:
+            self._wave = time.monotonic()
+            self._in_a_row[None] += 1
+        if self._in_a_row[None] >= DEATHS and not self._running:
+            self._give_up("before it had begun")
+
+    def _give_up(self, over: str) -> None:
+        raise Failed(f"{self._crew.blame}: a process died {DEATHS} times {over}; {self._crew.advice}")
+
+    def _is_at_work_on(self, index: int | None) -> bool:
+        return any(turn.index == index for turn in self._running.values())
 
     def _say_if_nobody_begins(self) -> None:
         now = time.monotonic()
@@ -178,6 +210,11 @@ class Pool:
             free = self._ray.available_resources()
             there = ", ".join(f"{free.get(name, 0):g} {name}" for name in self._crew.resources)
             self._progress.say(f"waiting for room on the cluster: a process takes {asked}, there is {there} free")
+
+
+def _cause(error: Any) -> str:
+    """The last line of what the constructor of an actor raised; Ray gives the whole traceback."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def _options(resources: Mapping[str, float]) -> dict[str, Any]:

@@ -61,6 +61,14 @@ def test_a_task_takes_its_cpus_on_one_host(monkeypatch: pytest.MonkeyPatch) -> N
         cluster.check_cpus("sample.threads", 2)
 
 
+def test_a_cluster_that_has_yet_to_grow_is_asked_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its head has no CPUs, and its autoscaler brings hosts when it sees what waits."""
+    cluster = Cluster("127.0.0.1:1")
+    node = {"Alive": True, "Resources": {"memory": 1.0}}
+    monkeypatch.setattr(Cluster, "connect", lambda self: SimpleNamespace(nodes=lambda: [node]))
+    cluster.check_cpus("sample.threads", 8)
+
+
 def test_a_process_that_had_imported_ray_gets_tokens_and_loopback_too() -> None:
     """Ray reads both settings when it is imported, which is before we are asked, where we are a library."""
     code = """

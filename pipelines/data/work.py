@@ -32,7 +32,7 @@ def over_chunks(
     for index, chunk in enumerate(chunks):
         late = workers is not None or time.monotonic() - began > _SECONDS_HERE
         if cluster is not None and not here and late and len(chunks) - index > 1:
-            for place, result in _on_ray(work, chunks[index:], cluster, workers or cluster.cpus()):
+            for place, result in _on_ray(work, chunks[index:], cluster, workers or max(1, cluster.cpus())):
                 yield index + place, result
             return
         yield index, work(chunk)
@@ -43,7 +43,8 @@ def _on_ray(
 ) -> Iterator[tuple[int, Result]]:
     workers = min(workers, len(chunks))
     # More workers than CPUs share them: what the user asked for, and what shows that the result does not depend on it.
-    cpus = min(1.0, cluster.cpus() / workers)
+    # A cluster may have no CPU yet: its autoscaler brings hosts when it sees what waits.
+    cpus = min(1.0, max(1, cluster.cpus()) / workers)
     crew = Crew(
         kind=_Hand,
         arguments=(),

@@ -5,25 +5,31 @@ so that its bytes do not depend on how many images were asked for, on the pool, 
 the missing chunks only; a larger n extends; a job of another identity in the same place is refused.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.cluster import Cluster
 from pipelines.drawing import Settings
-from pipelines.errors import UserError
+from pipelines.errors import Failed, UserError
 from pipelines.models import Model
 from pipelines.pool import Crew, Pool
 from pipelines.progress import Progress
 from pipelines.sample.artist import Artist
 from pipelines.sample.finish import Samples, finish
-from pipelines.sample.job import JOB, LOCK, Job, Part
+from pipelines.sample.job import LOCK, Job, Part
 from pipelines.sample.pace import Made
 from pipelines.sections import Sample
 from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.store import Place, identity
-from pipelines.train.run import changes, environment
+from pipelines.train.run import changes
+
+_SEEN_SECONDS = 15.0
+"""In which what an actor has written has to be seen here; what is shared by hosts may take a moment."""
+_SEEN_LOOK_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,16 @@ class Studio:
     def of(fields: Sample, session: Session) -> "Studio":
         return Studio(session.cluster, fields.workers, fields.resources, session.progress)
 
-    def pool(self, job: Job, model: Model, kind: type, chunks: Sequence[Any], *arguments: Any) -> Pool:
-        """Actors of a kind, an `Artist` say, that draw for a job; `arguments` are their kind's own."""
-        self.cluster.check_cpus("sample.threads", job.settings.threads)
+    def check(self, settings: Settings) -> None:
+        """UserError where no process that draws so can ever be started."""
+        self.cluster.check_cpus("sample.threads", settings.threads)
         for name, need in self.resources.items():
             if self.cluster.is_own and (have := self.cluster.resource(name)) < need:
                 raise UserError(f"sample.resources: {need:g} {name} for each process, this host has {have:g}")
+
+    def pool(self, job: Job, model: Model, kind: type, chunks: Sequence[Any], *arguments: Any) -> Pool:
+        """Actors of a kind, an `Artist` say, that draw for a job; `arguments` are their kind's own."""
+        self.check(job.settings)
         crew = Crew(
             kind=kind,
             arguments=(job, *arguments),
@@ -64,11 +74,8 @@ def sample_job(model: Model, settings: Settings, n: int, out: Place, studio: Stu
     UserError where the place holds something else, or another process is at it.
     """
     job = Job(out, settings, model.identity, model.digest, model.spec.model.classes)
-    job.check_place()
-    with (out / LOCK).lock(f"sampling into {out}") as check_held:
-        job.claim(model.origin)
-        if (missing := _missing(job, n)) and job.parts():
-            _say_what_changed(job, studio.progress)
+    with claimed(job, model, studio) as check_held:
+        missing = _missing(job, n, studio.progress, check_held)
         made = _make(job, model, missing, n, studio, check_held)
         return finish(job, n, model, made, check_held, studio.progress)
 
@@ -80,13 +87,31 @@ def sample_spec(model: Model, spec: Spec, n: int, session: Session, class_counts
     return sample_job(model, settings, n, session.store / "samples" / name, Studio.of(spec.sample, session))
 
 
-def _missing(job: Job, n: int) -> list[Part]:
+@contextmanager
+def claimed(job: Job, model: Model, studio: Studio) -> Iterator[Callable[[], None]]:
+    """Hold the place of a job while the block runs, which is given what checks that it still is held.
+
+    UserError where the place holds something else, another process is at it, or it is not begun and cannot be drawn.
+    """
+    job.check_place()
+    if not job.is_claimed():
+        studio.check(job.settings)  # before anything is left there
+    with (job.place / LOCK).lock(f"sampling into {job.place}") as check_held:
+        job.check_place()  # it may have come to something since
+        job.claim(model.origin)
+        yield check_held
+
+
+def _missing(job: Job, n: int, progress: Progress, check_held: Callable[[], None]) -> list[Part]:
     """The parts that have to be made; what is left of those that are damaged is deleted."""
     there, missing = job.parts(), []
     for wanted in job.wanted(n):
+        if there:
+            progress.advance(wanted.first + wanted.count, n, "images looked for")
         serving = [part for part in there.get(wanted.chunk, ()) if part.serves(wanted)]
         whole = [part for part in serving if job.is_whole(part)]
         for damaged in set(serving) - set(whole):
+            check_held()
             job.forget(damaged)
         if not whole:
             missing.append(wanted)
@@ -104,8 +129,11 @@ def _make(
     if not missing:
         return made
     pool = studio.pool(job, model, Artist, missing)
-    for _, part in pool.results():
+    for place, part in pool.results():
         check_held()
+        _check_seen(job, missing[place], part)
+        if part.process[0] not in {earlier.process[0] for earlier in made}:
+            _compare_environments(job, part, studio.progress)
         made.append(part)
         done += part.count
         studio.progress.advance(done, n, "images", **({"failures": pool.deaths} if pool.deaths else {}))
@@ -115,8 +143,21 @@ def _make(
     return made
 
 
-def _say_what_changed(job: Job, progress: Progress) -> None:
-    """A line where what is drawn now may have other bits than what is there."""
-    then, now = (job.place / JOB).read_json().get("environment", {}), environment()
-    if changed := changes(then, now):
-        progress.say(f"warning: the bits may differ from those of the images that are there: {', '.join(changed)}")
+def _check_seen(job: Job, part: Part, made: Made) -> None:
+    """Failed where what an actor has committed is not seen here: the hosts have each a folder of this name."""
+    end = time.monotonic() + _SEEN_SECONDS
+    while job.committed(part) is None:
+        if time.monotonic() > end:
+            raise Failed(
+                f"--out {job.place}: what a process on {made.process[0]} has written is not seen here; name a folder "
+                "that all hosts of the cluster share, or s3://bucket/prefix"
+            )
+        time.sleep(_SEEN_LOOK_SECONDS)
+
+
+def _compare_environments(job: Job, made: Made, progress: Progress) -> None:
+    """A line where what a host draws may have other bits than what was drawn first."""
+    changed = changes(job.first_environment(made.environment), made.environment)
+    if changed:
+        told = f"the bits of {made.process[0]} may differ from those of the first images"
+        progress.say(f"warning: {told}: {', '.join(changed)}")

@@ -15,7 +15,6 @@ from pipelines.data.recipe import Recipe
 from pipelines.data.write import ShardRecord
 from pipelines.models import Model
 from pipelines.progress import Progress
-from pipelines.sample.artist import commit
 from pipelines.sample.job import MANIFEST, SPLIT, Job, Part
 from pipelines.sample.pace import Made, drawing_share, images_per_second
 from pipelines.store import DamageError
@@ -29,8 +28,8 @@ class Samples:
     n: int
     sha256: str
     """Over the raw uint8 HWC pixels, in index order."""
-    sheet: str
-    """A contact sheet."""
+    sheet: str | None
+    """A contact sheet; none of a part of a job that has not come to its end."""
     made: int = 0
     """Images that were drawn for it now; the others had been there."""
     images_per_second: float | None = None
@@ -41,18 +40,25 @@ class Samples:
 def finish(
     job: Job, n: int, model: Model, made: list[Made], check_held: Callable[[], None], progress: Progress
 ) -> Samples:
-    """Make the first n images, which are all committed, a dataset with its manifest, unless there is a larger one."""
-    if n >= job.finished():
-        parts = _exact(job, n)
-        read = _Reading(job, parts, n, progress)
+    """Make the first n images, which are all committed, a dataset with its manifest; where there are more of a larger
+    job, done or not, they are only read."""
+    parts = job.parts_read(n)
+    read = _Reading(job, parts, n, progress)
+    if n >= job.finished() and not job.reaches_beyond(n):
         _commit(job, parts, read, n, model, check_held)
     else:
-        read = _Reading(job, job.parts_read(n), n, progress)
         deque(read.samples(), maxlen=0)
+        if not job.finished():
+            progress.say(
+                f"{job.place}: has images of a larger job that has not ended; the first {n:,} are served, and it "
+                "becomes a dataset when the larger one is done"
+            )
+    check_held()
     job.sweep()  # of processes, too, that outlived a killed attempt
     drawn = sum(part.count for part in made if part.drawing)
+    sheet = str(job.place / SHEET) if job.finished() else None
     speed = (images_per_second(made), drawing_share(made))
-    return Samples(str(job.place), n, read.pixels.hexdigest(), str(job.place / SHEET), drawn, *speed)
+    return Samples(str(job.place), n, read.pixels.hexdigest(), sheet, drawn, *speed)
 
 
 def _commit(
@@ -79,7 +85,7 @@ def _commit(
     )
     told = {"n": n, "sha256": read.pixels.hexdigest(), "dataset_digest": digest}
     (job.place / MANIFEST).write_json({**job.record(), **told})
-    _remove_outgrown(job, parts)
+    _remove_others(job, parts)
 
 
 def _record(job: Job, part: Part) -> ShardRecord:
@@ -89,22 +95,12 @@ def _record(job: Job, part: Part) -> ShardRecord:
     return record
 
 
-def _exact(job: Job, n: int) -> list[Part]:
-    """The parts that are the first n images and no more, one of them cut out of a larger one where need be."""
-    serving, exact = job.parts_read(n), job.wanted(n)
-    if serving != exact:  # a larger n was asked for before, and its last chunk is there as a whole
-        last, whole = exact[-1], serving[-1]
-        commit(job, last, job.pixels(whole)[: last.count])
-    return exact
-
-
-def _remove_outgrown(job: Job, parts: list[Part]) -> None:
-    """Delete the smaller parts of chunks that are larger by now: who reads all shards would read their images twice."""
-    counts = {part.chunk: part.count for part in parts}
-    for stem in job.stems():
-        part = Part.of_stem(stem, job.settings.chunk)
-        if part.count < counts.get(part.chunk, 0):
-            job.forget(part)
+def _remove_others(job: Job, parts: list[Part]) -> None:
+    """Delete smaller parts of chunks that are larger by now, and what was never committed: who reads all shards would
+    read their images too."""
+    ours = {part.stem for part in parts}
+    for stem in job.stems() - ours:
+        job.forget(Part.of_stem(stem, job.settings.chunk))
 
 
 class _Reading:

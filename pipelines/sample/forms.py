@@ -9,22 +9,44 @@ import numpy as np
 
 from pipelines.errors import UserError
 from pipelines.sample.finish import Samples
-from pipelines.sample.job import Job, job_at
+from pipelines.sample.job import IMAGES, Job, job_at
 from pipelines.store import Place
 
-IMAGES = "images"
-"""Folder of the PNG files."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time that a zip's entries have: the same bytes whenever they are written."""
 _WRITERS = 8
 """PNG files under way at a time, most of which are requests to a server."""
+_KEPT = "forms.json"
+"""How many images each form that is there has."""
 
 
 def write_form(samples: Samples, form: str) -> str:
     """Write the first n images in a form of `FORMS`; where it is. UserError for another form."""
     check_form(form)
     job = job_at(Place.of(samples.out))
-    return str(FORMS[form](job, samples.n))
+    kept = _kept(job)
+    if form in kept:
+        (job.place / _KEPT).write_json({**kept, form: None})  # until it is written
+    written = str(FORMS[form](job, samples.n))
+    (job.place / _KEPT).write_json({**kept, form: samples.n})
+    return written
+
+
+def other_forms(samples: Samples) -> list[str]:
+    """A line for each form that is there and has other images than these."""
+    return [
+        f"what `--format {form}` has written there has {'not' if count is None else f'{count:,} and not'} "
+        f"{samples.n:,} images; the option writes it again"
+        for form, count in sorted(_kept(job_at(Place.of(samples.out))).items())
+        if count != samples.n
+    ]
+
+
+def _kept(job: Job) -> dict[str, int | None]:
+    try:
+        return {form: count for form, count in (job.place / _KEPT).read_json().items() if form in FORMS}
+    except (FileNotFoundError, AttributeError, ValueError):
+        return {}
 
 
 def check_form(form: str) -> None:
@@ -34,11 +56,14 @@ def check_form(form: str) -> None:
 
 
 def _write_png(job: Job, n: int) -> Place:
-    folder = job.place / IMAGES
+    folder, written = job.place / IMAGES, set[str]()
     with ThreadPoolExecutor(_WRITERS) as writers:
         for part in job.parts_read(n):
             pictures = job.pictures(part)[: n - part.first]
+            written |= {name for name, _ in pictures}
             list(writers.map(lambda picture: (folder / picture[0]).write(picture[1]), pictures))
+    for name in set(folder.list()) - written:  # of a larger n: who reads the folder is to find n images
+        (folder / name).delete()
     return folder
 
 

@@ -1,6 +1,7 @@
 """A sampling job's place: chunks of one identity, each with a shard, its index and a commit record.
 
-    job.json                    the identity (model, sampler, steps, seed, chunk size, threads) and what it was begun on
+    job.json                    the identity (model, sampler, steps, seed, chunk size, threads), where the model came
+                                from, and what the first images were drawn with
     samples-000000.tar          a chunk's images, KEY.png + KEY.json, and samples-000000.parquet, their index
     samples-000007-first-30.tar the last chunk, of which the first 30 images were asked for
     chunks/000000.json          a chunk's commit record, written last
@@ -11,9 +12,10 @@ Of a chunk's files, the name determines the bytes: whoever writes one twice, a k
 on, writes the same.
 """
 
+import errno
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,15 +25,18 @@ from pipelines.data.shards import members, unpack
 from pipelines.data.sources import NO_LABEL
 from pipelines.data.write import ShardRecord, is_whole, record_of
 from pipelines.drawing import Settings
-from pipelines.errors import UserError
-from pipelines.store import DamageError, Place, check_writable, identity, sha256
-from pipelines.train.run import environment
+from pipelines.errors import UserError, one_line
+from pipelines.store import DamageError, Place, check_store, identity, sha256
 
-FORMAT = 4
+FORMAT = 5
 _STEM = r"(\d{6,}(?:-first-\d+)?)"
 _SHARD = re.compile(rf"samples-{_STEM}\.(?:tar|parquet)")
 _RECORD = re.compile(rf"{_STEM}\.json")
 JOB, MANIFEST, LOCK = "job.json", "manifest.json", ".lock"
+IMAGES = "images"
+"""Folder of the PNG files."""
+_OF_THE_PATH = {errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS}
+"""What the user's name for the place is to blame for."""
 SPLIT = "train"
 """Of the dataset that the shards make: images to train on, none held out."""
 
@@ -102,8 +107,17 @@ class Job:
 
     def check_place(self) -> None:
         """UserError where the place cannot be written, or holds another job or other files."""
-        if self.place.is_local and self.place.path.exists() and not self.place.path.is_dir():
-            raise UserError(f"--out {self.place}: is a file; name a folder")
+        try:
+            if self.place.is_local and self.place.path.exists() and not self.place.path.is_dir():
+                raise UserError(f"--out {self.place}: is a file; name a folder")
+            self._check_what_is_there()
+        except OSError as error:
+            if error.errno not in _OF_THE_PATH:
+                raise
+            raise UserError(f"--out {self.place}: {error.strerror or one_line(error)}; name another folder") from None
+        check_store(self.place)
+
+    def _check_what_is_there(self) -> None:
         there = self._there()
         if there is not None:
             record = self.record()
@@ -112,21 +126,35 @@ class Job:
                     f"--out {self.place}: holds another sampling job, which differs in {', '.join(differing)}; "
                     "name another folder"
                 )
-        elif set(self.place.list()) - {LOCK}:
+        elif set(self.place.list()) - {LOCK} and not self._has_begun():
             raise UserError(f"--out {self.place}: is not empty and holds no sampling job; name another folder")
-        check_writable(self.place)
+
+    def _has_begun(self) -> bool:
+        """Whether chunks of this very job are there: its own file alone is damaged or lost."""
+        return any(self.committed(part) is not None for parts in self.parts().values() for part in parts)
+
+    def is_claimed(self) -> bool:
+        """Whether the place has been taken for this job."""
+        return (self.place / JOB).exists() or self._has_begun()
 
     def claim(self, origin: str) -> None:
         """Take the place for this job, with its lock held. `origin` says in words where the model comes from."""
-        self.check_place()
         self.sweep()
-        if not (self.place / JOB).exists():
-            (self.place / JOB).write_json({**self.record(), "origin": origin, "environment": environment()})
+        if self._there() is None:
+            (self.place / JOB).write_json({**self.record(), "origin": origin})
+
+    def first_environment(self, now: Mapping[str, str]) -> Mapping[str, str]:
+        """What the first images were drawn with: what is given, and kept from now on, where no image was before."""
+        there = self._there() or {}
+        if not there.get("environment"):
+            there = {**there, "environment": dict(now)}
+            (self.place / JOB).write_json(there)
+        return dict(there["environment"])
 
     def sweep(self) -> None:
         """Remove what killed processes have left half-written."""
-        self.place.sweep_temporaries()
-        self.records.sweep_temporaries()
+        for folder in (self.place, self.records, self.place / IMAGES):
+            folder.sweep_temporaries()
 
     @property
     def records(self) -> Place:
@@ -140,16 +168,21 @@ class Job:
         """What was committed of a part of this very job; None where nothing was, or what is there is no such record."""
         try:
             found = self.record_of(part).read_json()
-            return record_of(found["shard"]) if (found["format"], found["job"]) == (FORMAT, self.identity) else None
-        except FileNotFoundError:
-            return None
-        except (KeyError, TypeError, ValueError):
+            record, said = record_of(found["shard"]), {k: v for k, v in found.items() if k != "digest"}
+            return record if found["digest"] == identity(said) and said == self._commit(part, record) else None
+        except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError):
             return None
 
     def commit(self, part: Part, record: ShardRecord) -> None:
         """Say that a part's shard and index are written."""
+        said = self._commit(part, record)
+        self.record_of(part).write_json({**said, "digest": identity(said)})
+
+    def _commit(self, part: Part, record: ShardRecord) -> dict[str, Any]:
+        """What a commit record says, as plain JSON, but for the digest of just this."""
         fields = {"format": FORMAT, "job": self.identity, "model_digest": self.model_digest, "count": part.count}
-        self.record_of(part).write_json({**fields, "sha256": record.sha256, "shard": asdict(record)})
+        shard = {**asdict(record), "name": part.shard, "index": part.index, "samples": part.count}
+        return json.loads(json.dumps({**fields, "sha256": record.sha256, "shard": shard}))
 
     def forget(self, part: Part) -> None:
         """Delete what is there of a part: its record first, so that nobody takes the rest for whole."""
@@ -170,6 +203,10 @@ class Job:
         found = self.parts()
         chosen = [next((p for p in found.get(wanted.chunk, ()) if p.serves(wanted)), None) for wanted in self.wanted(n)]
         return None if None in chosen else [part for part in chosen if part is not None]
+
+    def reaches_beyond(self, n: int) -> bool:
+        """Whether a part is committed that has images beyond the first n: of a larger job."""
+        return any(part.first + part.count > n for parts in self.parts().values() for part in parts)
 
     def wanted(self, n: int) -> list[Part]:
         return list(parts_of(n, self.settings.chunk))
@@ -246,12 +283,12 @@ class Job:
         return {found[1] for name in self.place.list() if (found := _SHARD.fullmatch(name))}
 
     def _there(self) -> dict[str, Any] | None:
+        """The record that lies there; None where there is none, or what is there is none."""
         try:
-            return dict((self.place / JOB).read_json())
-        except FileNotFoundError:
+            found = (self.place / JOB).read_json()
+        except (FileNotFoundError, ValueError):
             return None
-        except (ValueError, TypeError):
-            raise UserError(f"--out {self.place}: {JOB} there is not a sampling job's; name another folder") from None
+        return found if isinstance(found, dict) and "format" in found else None
 
 
 def job_at(place: Place) -> Job:

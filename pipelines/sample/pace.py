@@ -1,7 +1,7 @@
 """How fast images were drawn, and how much of the time went into drawing them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Made:
     """Seconds since the epoch."""
     drawing: float
     """Seconds of them inside the sampler."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """That its bits may depend on."""
 
 
 def images_per_second(made: Sequence[Made]) -> float | None:

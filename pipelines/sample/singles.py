@@ -14,10 +14,9 @@ from pipelines.data.shards import encode_png
 from pipelines.drawing import Settings, draw
 from pipelines.errors import UserError
 from pipelines.models import Model
-from pipelines.sample.artist import Drawer
-from pipelines.sample.bulk import Studio
-from pipelines.sample.forms import IMAGES
-from pipelines.sample.job import LOCK, Job
+from pipelines.sample.artist import Drawer, told_of_memory
+from pipelines.sample.bulk import Studio, claimed
+from pipelines.sample.job import IMAGES, Job
 from pipelines.store import Place
 
 TRAJECTORY = "trajectory.png"
@@ -44,11 +43,9 @@ def sample_images(model: Model, settings: Settings, indices: Sequence[int], out:
     """Draw the images of these indices of a job, and write each as `OUT/images/INDEX.png`: the same bytes as in its
     shards. UserError where the place holds something else."""
     job = Job(out, settings, model.identity, model.digest, model.spec.model.classes)
-    job.check_place()
-    with (out / LOCK).lock(f"sampling into {out}") as check_held:
-        job.claim(model.origin)
-        wanted = sorted(set(indices))
-        chunks = _by_chunk(wanted, settings.chunk)
+    wanted = sorted(set(indices))
+    chunks = _by_chunk(wanted, settings.chunk)
+    with claimed(job, model, studio) as check_held:
         drawn: dict[int, NDArray[np.uint8]] = {}
         for place, pixels in studio.pool(job, model, _Redrawer, chunks).results():
             chunk, rows = chunks[place]
@@ -65,14 +62,21 @@ def sample_images(model: Model, settings: Settings, indices: Sequence[int], out:
 
 
 def draw_trajectory(model: Model, settings: Settings, indices: Sequence[int], out: Place, studio: Studio) -> Place:
-    """Write the picture of how up to eight images of a job come out of noise, in a job's place."""
+    """Write the picture of how the first eight, at most, of these images of a job come out of noise, in its place."""
     shown = sorted(set(indices))[:MOST_STRIPS]
-    job = Job(out, settings, model.identity, model.digest, model.spec.model.classes)
-    chunks = _by_chunk(shown, settings.chunk)
-    traced = dict(studio.pool(job, model, _Tracer, chunks).results())
-    rows = np.concatenate([traced[place][0] for place in range(len(chunks))])
-    (out / TRAJECTORY).write(report.strips(rows, traced[0][1]))
+    (out / TRAJECTORY).write(report.strips(*trace(model, settings, shown, out, studio)))
     return out / TRAJECTORY
+
+
+def trace(
+    model: Model, settings: Settings, indices: Sequence[int], out: Place, studio: Studio
+) -> tuple[NDArray[np.uint8], list[int]]:
+    """Moments of images of a job on their way out of noise, uint8 [N, moments, H, W, C] in order of their indices, and
+    the timestep of each moment, 0 for the end: there they are the job's images."""
+    job = Job(out, settings, model.identity, model.digest, model.spec.model.classes)
+    chunks = _by_chunk(sorted(set(indices)), settings.chunk)
+    traced = dict(studio.pool(job, model, _Tracer, chunks).results())
+    return np.concatenate([traced[place][0] for place in range(len(chunks))]), traced[0][1]
 
 
 class _Redrawer(Drawer):
@@ -99,8 +103,9 @@ class _Tracer(Drawer):
                 frames.append(to_pixels(x_t[list(rows)]))
                 times.append(t)
 
-        indices = range(chunk * settings.chunk, (chunk + 1) * settings.chunk)
-        final = to_pixels(draw(process, unet, self._size, settings, indices, callback=watch))[list(rows)]
+        with told_of_memory():
+            drawn = draw(process, unet, self._size, settings, self._indices(chunk), callback=watch)
+        final = to_pixels(drawn)[list(rows)]
         return np.stack([*frames, final], axis=1), [*times, 0]
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from pipelines.sections.base import Fraction, Section
 
@@ -32,7 +32,16 @@ class Sample(Section):
     threads: PositiveInt = 1
     """CPUs and torch threads of each; part of the job's identity."""
     resources: dict[str, PositiveFloat] = {}
-    """Ray resources of each, beside its CPUs. With a GPU, it draws on that."""
+    """Ray resources of each, beside its CPUs. With a GPU, or a share of one, it draws on that."""
+
+    @field_validator("resources")
+    @classmethod
+    def _check_resources(cls, resources: dict[str, float]) -> dict[str, float]:
+        if "CPU" in resources:
+            raise ValueError("CPU is said by sample.threads")
+        if resources.get("GPU", 1) > 1:
+            raise ValueError("a process draws on one GPU; more of them are used by more sample.workers")
+        return resources
 
 
 class Evaluate(Section):

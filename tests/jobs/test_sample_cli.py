@@ -47,9 +47,11 @@ def test_a_job_its_forms_one_of_its_images_and_its_scores(
         assert arrays["arr_1"].tolist() == [3, 5] * 10
     assert (tmp_path / "out" / "trajectory.png").exists()
 
-    again = told(
-        "sample", model, "--images", "17", "--seed", "5", "--labels", "3,5", *store, "--out", "one", cwd=tmp_path
-    )
+    words = ("sample", model, "--images", "17", "--seed", "5", "--labels", "3,5", *store, "--out", "one", "--json")
+    done = ddpm(*words, "--n", "9", "--format", "png", cwd=tmp_path)
+    again = json.loads(done.stdout.splitlines()[-1])
+    for option in ("--n", "--format"):
+        assert f"{option}: has no effect with --images" in done.stderr
     one = (tmp_path / "one" / "images" / "000000017.png").read_bytes()
     assert one == (tmp_path / "out" / "images" / "000000017.png").read_bytes()
     assert again["n"] == 1
@@ -69,6 +71,10 @@ def test_a_job_its_forms_one_of_its_images_and_its_scores(
         (["sample", "MODEL", "--out", "out", "--labels", "data"], "--data"),
         (["sample", "MODEL", "--out", "out", "--format", "gif"], "--format gif"),
         (["sample", "MODEL", "--out", "out", "--images", "-1"], "--images -1"),
+        (["sample", "MODEL", "--out", "out", "--set", "sample.n=3"], "sample.n is said by --n"),
+        (["sample", "MODEL", "--out", "out", "--set", "sample={seed: 3}"], "sample.seed is said by --seed"),
+        (["sample", "MODEL", "--out", "out", "--set", "sample.resources={CPU: 1}"], "CPU is said by sample.threads"),
+        (["sample", "MODEL", "--out", "out", "--set", "sample.resources={GPU: 2}"], "a process draws on one GPU"),
         (["sample", "nobody@champion", "--out", "out"], "no tracking database"),
         (["evaluate", "MODEL", "--against", "SMALL"], "images of 16 pixels"),
         (["evaluate", "MODEL", "--against", "nowhere"], "nowhere"),

@@ -1,5 +1,7 @@
 """A model that draws something without being trained, and a finished job of 40 images in chunks of 16."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,31 @@ def model() -> Model:
 
 @pytest.fixture(scope="session")
 def forty(model: Model, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    """Not to be written into: `copied` gives one that may."""
     return draw(model, 40, tmp_path_factory.mktemp("samples") / "forty", cluster)
 
 
+def copied(samples: Samples, folder: Path) -> Path:
+    """A job's place, elsewhere."""
+    return Path(shutil.copytree(samples.out, folder / "out"))
+
+
+def moved(samples: Samples, folder: Path) -> Samples:
+    """A job's copy, and what is known of it."""
+    return replace(samples, out=str(copied(samples, folder)))
+
+
+class NoCluster(Cluster):
+    """For what is to be done without one."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def connect(self) -> None:
+        raise AssertionError("nothing is to be made")
+
+
 def files_of(folder: str | Path) -> dict[str, bytes]:
-    """The bytes of every file of a job's place, but for what says where and when."""
+    """The bytes of every file of a job's place, but for its lock."""
     found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in found if path.name != ".lock"}

@@ -1,9 +1,10 @@
 """Bulk sampling: bytes do not depend on n, on the pool, or on what was there before; another job is refused."""
 
+import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ from pipelines.data.manifest import Dataset
 from pipelines.data.pixels import to_pixels
 from pipelines.data.reader import Reader
 from pipelines.data.verify import verify
-from pipelines.errors import UserError
+from pipelines.errors import Failed, UserError
 from pipelines.models import Model
-from pipelines.sample import Samples, read_samples
+from pipelines.sample import Samples, bulk, read_samples
+from pipelines.sample.bulk import claimed
+from pipelines.sample.job import Job, Part
 from pipelines.store import Place
-from tests.sample.conftest import draw, files_of
+from tests.sample.conftest import SETTINGS, NoCluster, copied, draw, files_of, studio, untrained
 
 
 def test_images_are_those_of_the_core_by_their_seeds(model: Model, forty: Samples) -> None:
@@ -36,11 +39,6 @@ def test_images_are_those_of_the_core_by_their_seeds(model: Model, forty: Sample
         )
     )  # fmt: skip
     assert np.array_equal(np.concatenate(list(read_samples(forty, 40))), expected[:40])
-
-
-def copied(samples: Samples, folder: Path) -> Path:
-    """A job's place, elsewhere."""
-    return Path(shutil.copytree(samples.out, folder / "out"))
 
 
 def test_one_actor_and_growing_n_leave_the_same_files(
@@ -86,43 +84,130 @@ def test_chunks_of_which_a_file_was_cut_short_are_made_again(
     assert files_of(out) == files_of(forty.out)
 
 
-def test_a_smaller_n_is_served_without_a_cluster_and_changes_nothing(model: Model, forty: Samples) -> None:
-    class NoCluster(Cluster):
-        def connect(self) -> None:
-            raise AssertionError("nothing to make")
+def test_a_commit_record_that_was_changed_in_any_field_is_none(
+    model: Model, forty: Samples, cluster: Cluster, tmp_path: Path
+) -> None:
+    whole = json.loads((Path(forty.out) / "chunks" / "000000.json").read_text())
+    (tmp_path / "changed" / "chunks").mkdir(parents=True)
+    for section, field in [*((None, field) for field in whole), *(("shard", field) for field in whole["shard"])]:
+        record = json.loads(json.dumps(whole))
+        inside = record[section] if section else record
+        inside[field] = 7 if inside[field] != 7 else 8
+        (tmp_path / "changed" / "chunks" / "000000.json").write_text(json.dumps(record))
+        assert job_of(model, tmp_path / "changed").committed(Part(0, 16, 16)) is None, field
+    assert job_of(model, Path(forty.out)).committed(Part(0, 16, 16)) is not None
+    out = copied(forty, tmp_path)
+    (out / "chunks" / "000001.json").write_bytes((out / "chunks" / "000000.json").read_bytes())  # of another chunk
+    assert draw(model, 40, out, cluster).made == 16
+    assert files_of(out) == files_of(forty.out)
 
+
+def job_of(model: Model, out: Path) -> Job:
+    return Job(Place.of(out), SETTINGS, model.identity, model.digest, None)
+
+
+@pytest.mark.parametrize("left", [b"", b"[1]", b"{}", None])
+def test_a_job_whose_own_file_was_damaged_goes_on_and_another_is_refused_still(
+    model: Model, forty: Samples, tmp_path: Path, left: bytes | None
+) -> None:
+    out = copied(forty, tmp_path)
+    (out / "job.json").unlink()
+    if left is not None:
+        (out / "job.json").write_bytes(left)
+    with pytest.raises(UserError, match="holds no sampling job"):
+        draw(model, 40, out, NoCluster(), seed=4)
+    assert draw(model, 40, out, NoCluster()).sha256 == forty.sha256
+    assert json.loads((out / "job.json").read_text())["seed"] == 3
+
+
+def test_a_smaller_n_is_served_without_a_cluster_and_changes_nothing(model: Model, forty: Samples) -> None:
     before = files_of(forty.out)
-    fewer = draw(model, 20, Path(forty.out), NoCluster(None))
+    fewer = draw(model, 20, Path(forty.out), NoCluster())
     first = np.concatenate(list(read_samples(fewer, 20)))
     assert np.array_equal(first, np.concatenate(list(read_samples(forty, 40)))[:20])
+    assert (fewer.n, fewer.made) == (20, 0)
+    assert fewer.sha256 == hashlib.sha256(first.tobytes()).hexdigest()
     assert files_of(forty.out) == before
 
 
-def test_fewer_of_what_a_larger_job_has_left_unfinished_are_a_dataset_of_so_many(
+def test_fewer_of_what_a_larger_job_has_left_unfinished_are_served_and_it_goes_on(
     model: Model, forty: Samples, cluster: Cluster, tmp_path: Path
 ) -> None:
+    """Its chunks stay: nothing that was drawn is drawn again."""
     out = copied(forty, tmp_path)
-    draw(model, 48, out, cluster)
+    whole = draw(model, 48, out, cluster)
+    expected = files_of(out)
     for name in ("manifest.json", "dataset.json", "shards.parquet"):  # as if killed before its end
         (out / name).unlink()
-    fewer = draw(model, 40, out, cluster)
-    assert (fewer.sha256, fewer.made) == (forty.sha256, 0)
-    assert len(Dataset.open(Place.of(out)).split("train")) == 40
+    fewer = draw(model, 40, out, NoCluster())
+    assert (fewer.sha256, fewer.made, fewer.sheet) == (forty.sha256, 0, None)
+    assert not (out / "dataset.json").exists()
+    again = draw(model, 48, out, NoCluster())
+    assert (again.sha256, again.made) == (whole.sha256, 0)
+    assert files_of(out) == expected
 
 
-@pytest.mark.parametrize("other", [{"seed": 4}, {"steps": 5}, {"chunk": 8}, {"threads": 2}, {"device": "cuda"}])
-def test_another_job_in_the_same_place_is_refused(
-    model: Model, forty: Samples, cluster: Cluster, other: dict[str, int]
-) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 4},
+        {"steps": 5},
+        {"chunk": 8},
+        {"threads": 2},
+        {"device": "cuda"},
+        {"eta": 0.0},
+        {"sampler": "dpmpp_2m"},
+        {"guidance": 2.0},
+    ],
+)
+def test_another_job_in_the_same_place_is_refused(model: Model, forty: Samples, other: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"differs in {next(iter(other))}"):
-        draw(model, 40, Path(forty.out), cluster, **other)
+        draw(model, 40, Path(forty.out), NoCluster(), **other)
 
 
-def test_a_folder_with_other_files_is_refused_untouched(model: Model, cluster: Cluster, tmp_path: Path) -> None:
+def test_another_model_in_the_same_place_is_refused(forty: Samples) -> None:
+    with pytest.raises(UserError, match="differs in model, model_digest"):
+        draw(untrained(model__channels=[8, 8]), 40, Path(forty.out), NoCluster())
+
+
+def test_a_folder_with_other_files_is_refused_untouched(model: Model, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
-        draw(model, 5, tmp_path, cluster)
+        draw(model, 5, tmp_path, NoCluster())
     assert os.listdir(tmp_path) == ["letter.txt"]
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "n" * 300], ids=["file", "below-a-file", "long"])
+def test_a_place_that_cannot_be_a_folder_is_named(model: Model, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"--out .*name (a|another) folder"):
+        draw(model, 5, tmp_path / out, NoCluster())
+
+
+def test_a_job_that_cannot_be_drawn_leaves_nothing(model: Model, cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sample\.threads: 99 threads"):
+        draw(model, 5, tmp_path / "out", cluster, threads=99)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_two_commands_at_once_are_one_and_a_line(model: Model, cluster: Cluster, tmp_path: Path) -> None:
+    place = Place.of(tmp_path / "out")
+    with (
+        claimed(job_of(model, tmp_path / "out"), model, studio(cluster)),
+        pytest.raises(UserError, match=f"sampling into {place}"),
+    ):
+        draw(model, 5, tmp_path / "out", cluster)
+    assert draw(model, 5, tmp_path / "out", cluster).made == 5
+
+
+def test_what_processes_write_has_to_be_seen_here(
+    model: Model, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else hosts have each a folder of this name: here because what they committed cannot be read back."""
+    monkeypatch.setattr(bulk, "_SEEN_SECONDS", 0.5)
+    monkeypatch.setattr(Job, "committed", lambda self, part: None)
+    with pytest.raises(Failed, match="is not seen here; name a folder that all hosts of the cluster share"):
+        draw(model, 5, tmp_path / "out", cluster)
 
 
 def test_the_stock_library_reads_the_shards(forty: Samples) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from pipelines.data.shards import members
 from pipelines.data.sources import open_source
 from pipelines.errors import UserError
 from pipelines.models import Model
-from pipelines.sample import Samples, draw_trajectory, read_samples, sample_images, write_form
+from pipelines.sample import Samples, draw_trajectory, other_forms, read_samples, sample_images, write_form
+from pipelines.sample.singles import trace
 from pipelines.store import Place
-from tests.sample.conftest import SETTINGS, changed, draw, studio, untrained
+from tests.sample.conftest import SETTINGS, changed, copied, draw, moved, studio, untrained
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,26 @@ def members_of(samples: Samples) -> dict[str, bytes]:
     return {name: data for shard in shards for name, data in members(shard.read_bytes())}
 
 
-def test_png_files_are_those_of_the_shards(forty: Samples) -> None:
-    folder = Path(write_form(forty, "png"))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == members_of(forty)
+def test_png_files_are_those_of_the_shards_and_of_as_many_images_as_are_asked_for(
+    forty: Samples, tmp_path: Path
+) -> None:
+    samples = moved(forty, tmp_path)
+    bulk = members_of(forty)
+    for n in (40, 20):
+        folder = Path(write_form(replace(samples, n=n), "png"))
+        expected = {name: data for name, data in bulk.items() if int(name.split(".")[0]) < n}
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+
+
+def test_forms_of_another_number_of_images_are_told_of(forty: Samples, tmp_path: Path) -> None:
+    samples = moved(forty, tmp_path)
+    for form in ("png", "parquet"):
+        write_form(samples, form)
+    assert other_forms(samples) == []
+    fewer = replace(samples, n=20)
+    write_form(fewer, "png")
+    (line,) = other_forms(fewer)
+    assert "`--format parquet` has written there has 40 and not 20 images" in line
 
 
 def test_npz_has_three_channels_and_classes_as_the_evaluator_of_guided_diffusion_reads_it(
@@ -51,8 +70,8 @@ def test_npz_has_three_channels_and_classes_as_the_evaluator_of_guided_diffusion
         assert archive.getinfo("arr_0.npy").compress_type == zipfile.ZIP_STORED
 
 
-def test_a_table_is_one_that_an_ingest_reads(forty: Samples, pixels: np.ndarray) -> None:
-    file = write_form(forty, "parquet")
+def test_a_table_is_one_that_an_ingest_reads(forty: Samples, pixels: np.ndarray, tmp_path: Path) -> None:
+    file = write_form(moved(forty, tmp_path), "parquet")
     table = pq.read_table(file)
     assert table["index"].to_pylist() == list(range(40))
     assert set(table["seed"].to_pylist()) == {3}
@@ -61,10 +80,8 @@ def test_a_table_is_one_that_an_ingest_reads(forty: Samples, pixels: np.ndarray)
     assert np.array_equal(np.asarray(source.load(17)), pixels[17, ..., 0])
 
 
-def test_forms_have_the_images_that_were_asked_for_and_the_same_bytes_each_time(
-    model: Model, forty: Samples, cluster: Cluster
-) -> None:
-    fewer = draw(model, 20, Path(forty.out), cluster)
+def test_forms_have_the_images_that_were_asked_for_and_the_same_bytes_each_time(forty: Samples, tmp_path: Path) -> None:
+    fewer = replace(moved(forty, tmp_path), n=20)
     for form, count in (("npz", lambda f: len(np.load(f)["arr_0"])), ("parquet", lambda f: pq.read_table(f).num_rows)):
         first = Path(write_form(fewer, form)).read_bytes()
         assert count(io.BytesIO(first)) == 20
@@ -87,8 +104,16 @@ def test_single_images_are_those_of_the_bulk_job_byte_by_byte(
         sample_images(model, SETTINGS, [-1], Place.of(tmp_path / "other"), studio(cluster))
 
 
-def test_a_trajectory_ends_in_the_image(model: Model, forty: Samples, cluster: Cluster) -> None:
-    picture = draw_trajectory(model, SETTINGS, [17, 33], Place.of(forty.out), studio(cluster))
+def test_a_trajectory_ends_in_the_jobs_images(
+    model: Model, forty: Samples, pixels: np.ndarray, cluster: Cluster, tmp_path: Path
+) -> None:
+    place = Place.of(copied(forty, tmp_path))
+    frames, times = trace(model, SETTINGS, [33, 17], place, studio(cluster))
+    assert np.array_equal(frames[:, -1], pixels[[17, 33]])
+    assert times[-1] == 0
+    assert sorted(times, reverse=True) == times
+    assert not np.array_equal(frames[:, 0], frames[:, -1])
+    picture = draw_trajectory(model, SETTINGS, [17, 33], place, studio(cluster))
     shown = np.asarray(Image.open(str(picture)).convert("RGB"))
     assert shown.shape[0] > 200
     assert shown.std() > 10
