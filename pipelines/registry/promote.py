@@ -32,13 +32,13 @@ class Verdict:
         return f"{self.gate}: {value} (limit {self.limit:.4g}) {'passed' if self.passed else 'FAILED'}"
 
 
-def judge(evidence: Mapping[str, float], gates: Gates) -> list[Verdict]:
+def judge(evidence: Mapping[str, float | None], gates: Gates) -> list[Verdict]:
     """Every gate's verdict on a version's evidence."""
     verdicts = []
-    for gate, limit, at_most in (
-        ("frechet_over_floor", gates.frechet_over_floor, True),
-        ("feature_accuracy", gates.feature_accuracy, False),
-    ):
+    fit = ("feature_accuracy", gates.feature_accuracy, False)
+    if "feature_accuracy" not in evidence and "noise_over_floor" in evidence:  # of a network that knows no classes
+        fit = ("noise_over_floor", gates.noise_over_floor, False)
+    for gate, limit, at_most in (("frechet_over_floor", gates.frechet_over_floor, True), fit):
         value = evidence.get(gate)
         # Written so that a not-a-number fails.
         passed = value is not None and (value <= limit if at_most else value >= limit)

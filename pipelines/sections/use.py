@@ -68,4 +68,6 @@ class Gates(Section):
     frechet_over_floor: PositiveFloat = 2.0
     """Largest Frechet distance, in units of the real-against-real floor at the same n."""
     feature_accuracy: Fraction = 0.95
-    """Least held-out accuracy of the feature network, or its score means nothing."""
+    """Least held-out accuracy of a feature network that was trained on classes, or its score means nothing."""
+    noise_over_floor: PositiveFloat = 50.0
+    """Asked instead of one that knows none: least Frechet distance of noise, in floors."""
