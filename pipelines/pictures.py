@@ -1,4 +1,5 @@
-"""The pictures of a run: what it draws, how it gets there, what schedule it ran on, how its loss fell."""
+"""The pictures of a run: what it draws and how near that comes to training images, how it gets there, its schedule, its
+loss."""
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from pipelines.data.manifest import Dataset
 from pipelines.data.pixels import to_model, to_pixels
 from pipelines.data.reader import Reader
 from pipelines.drawing import Settings, draw
+from pipelines.evaluate.job import PAIRS
 from pipelines.models import Model
 from pipelines.sample import Samples, read_samples
 from pipelines.spec import Spec
@@ -17,13 +19,15 @@ from pipelines.train.end import last_step
 from pipelines.train.run import Run
 
 GRID, TRAJECTORY, SCHEDULE, LOSS = "grid.png", "trajectory.png", "schedule.png", "loss.png"
-PICTURES = (GRID, TRAJECTORY, SCHEDULE, LOSS)
+PICTURES = (GRID, TRAJECTORY, SCHEDULE, LOSS, PAIRS)
 _GRID_IMAGES = 64
 _FRAMES = 9
 
 
-def draw_pictures(spec: Spec, dataset: Dataset, model: Model, training: Run, samples: Samples) -> dict[str, str]:
-    """Write every picture of a finished run into its folder; the sha256 of each."""
+def draw_pictures(
+    spec: Spec, dataset: Dataset, model: Model, training: Run, samples: Samples, pairs: bytes
+) -> dict[str, str]:
+    """Write every picture of a finished run into its folder; the sha256 of each. `pairs` is its evaluation's."""
     process, _ = model.build()
     rows = [
         row for row in training.journal.read(last_step(training, spec.train)) if "loss" in row.exact
@@ -33,6 +37,7 @@ def draw_pictures(spec: Spec, dataset: Dataset, model: Model, training: Run, sam
         TRAJECTORY: _trajectory(spec, dataset, model),
         SCHEDULE: report.schedule_curves(process.schedule),
         LOSS: report.loss_curve([row.images for row in rows], [row.exact["loss"] for row in rows]),
+        PAIRS: pairs,
     }
     for name, picture in pictures.items():
         (training.place / name).write(picture)

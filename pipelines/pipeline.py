@@ -52,7 +52,7 @@ def run(spec: Spec, session: Session) -> Result:
     # The run's own record has the spec it was first trained by; sampling and gates are those of this one.
     model = of_checkpoint(training, trained.outputs["step"], spec)
     evaluated = steps.run(evaluate_step(spec, dataset, model, session))
-    sampled = steps.run(sample_step(spec, dataset, model, training, session))
+    sampled = steps.run(sample_step(spec, dataset, model, training, evaluated, session))
     registered = steps.run(register_step(spec, dataset, model, training, evaluated, session))
     every = {
         "ingest": ingest,
@@ -151,7 +151,7 @@ def register_finished(training: Run, session: Session) -> dict[str, Any]:
         raise UserError(f"run {training.name}: its data source has changed since, so it cannot be evaluated as it was")
     model = of_checkpoint(training, step)
     evaluated = steps.run(evaluate_step(spec, dataset, model, session))
-    steps.run(sample_step(spec, dataset, model, training, session))
+    steps.run(sample_step(spec, dataset, model, training, evaluated, session))
     return steps.run(register_step(spec, dataset, model, training, evaluated, session)).outputs
 
 
@@ -220,14 +220,15 @@ def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) 
     )
 
 
-def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, session: Session) -> Step:
+def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, evaluated: Done, session: Session) -> Step:
     """Images in bulk, and the pictures of the run."""
     from pipelines.pictures import draw_pictures
     from pipelines.sample import holds_samples, sample_spec
 
     def work() -> dict[str, Any]:
         samples = sample_spec(model, spec, spec.sample.n, session, dataset.class_counts)
-        pictures = draw_pictures(spec, dataset, model, training, samples)
+        pairs = Place.of(evaluated.outputs["pairs"]).read()
+        pictures = draw_pictures(spec, dataset, model, training, samples, pairs)
         out = samples.out.removeprefix(f"{session.store}/")
         summary = f"{samples.n:,} images, grid at {training.place / 'grid.png'}"
         return {"out": out, "n": samples.n, "sha256": samples.sha256, "pictures": pictures, "summary": summary}
@@ -243,8 +244,14 @@ def sample_step(spec: Spec, dataset: Dataset, model: Model, training: Run, sessi
 
     return Step(
         name="sample",
-        version=1,
-        inputs={"model": model.identity, "sampling": _sampling(spec), "n": spec.sample.n, "run": training.name},
+        version=2,
+        inputs={
+            "model": model.identity,
+            "sampling": _sampling(spec),
+            "n": spec.sample.n,
+            "run": training.name,
+            "scores": evaluated.outputs["scores"],
+        },
         work=work,
         needs=needs,
         doing=f"{counted(spec.sample.n, 'image')}, {counted(spec.sample.steps, 'step')} of {spec.sample.sampler}",

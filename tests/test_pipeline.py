@@ -110,7 +110,7 @@ def test_a_version_deleted_from_the_registry_is_made_and_judged_anew(result: Res
 
 def test_pictures_and_samples_are_there(result: Result) -> None:
     folder = Path(result.folder)
-    for name in ("grid.png", "trajectory.png", "schedule.png", "loss.png"):
+    for name in ("grid.png", "trajectory.png", "schedule.png", "loss.png", "pairs.png"):
         assert min(Image.open(folder / name).size) > 50
     assert result.samples["n"] == 30
 
@@ -128,7 +128,7 @@ def test_mlflow_has_every_step_once_with_lineage_and_pictures(result: Result, sh
     rows = {row.step: row.exact["loss"] for row in Run(shared.store / "runs" / result.run).journal.read(20)}
     assert history[0].value == pytest.approx((rows[1] + rows[2]) / 2, rel=1e-12)
     names = {artifact.path for artifact in client.list_artifacts(version.run_id)}
-    assert {"grid.png", "trajectory.png", "schedule.png", "loss.png", "scores.json"} <= names
+    assert {"grid.png", "trajectory.png", "schedule.png", "loss.png", "pairs.png", "scores.json"} <= names
 
 
 def test_the_registered_model_is_the_checkpoint(result: Result, shared: Session) -> None:

@@ -5,13 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.data.manifest import Dataset
-from pipelines.evaluate.job import PAIRS
 from pipelines.models import Model
 from pipelines.pictures import PICTURES
 from pipelines.registry.promote import EVIDENCE
 from pipelines.registry.register import register
 from pipelines.spec import Spec
-from pipelines.store import Place
 from pipelines.tracking import Tracker
 from pipelines.train.end import last_step
 from pipelines.train.run import Run
@@ -25,8 +23,7 @@ def register_run(
     run_id = tracker.run_id(training, spec, dataset)
     tracker.ship(training, spec, dataset, "FINISHED")
     tracker.scores(run_id, evaluation["evidence"], step=step)
-    pictures = {name: (training.place / name).read() for name in PICTURES}
-    tracker.pictures(run_id, {**pictures, PAIRS: Place.of(evaluation["pairs"]).read()})
+    tracker.pictures(run_id, {name: (training.place / name).read() for name in PICTURES})
     tracker.json(run_id, "scores.json", evaluation["scores"])
     tags = {
         EVIDENCE: json.dumps(evaluation["evidence"], sort_keys=True),
