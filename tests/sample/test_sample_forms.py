@@ -56,7 +56,8 @@ def test_forms_of_another_number_of_images_are_told_of(forty: Samples, tmp_path:
 def test_npz_has_three_channels_and_classes_as_the_evaluator_of_guided_diffusion_reads_it(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    samples = draw(untrained(model__classes=10, train__label_dropout=0.1), 20, tmp_path / "out", cluster)
+    conditional = untrained(model__classes=10, train__label_dropout=0.1)
+    samples = draw(conditional, 20, tmp_path / "out", cluster, labels=(7, 3))
     file = write_form(samples, "npz")
     with np.load(file) as arrays:
         assert list(arrays) == ["arr_0", "arr_1"]
@@ -65,7 +66,8 @@ def test_npz_has_three_channels_and_classes_as_the_evaluator_of_guided_diffusion
     assert images.shape == (20, 8, 8, 3)
     assert images.dtype == np.uint8
     assert all(np.array_equal(images[..., c], expected[..., 0]) for c in range(3))
-    assert labels.tolist() == [i % 10 for i in range(20)]
+    assert labels.tolist() == [7, 3] * 10
+    assert pq.read_table(write_form(samples, "parquet"))["label"].to_pylist() == [7, 3] * 10
     with zipfile.ZipFile(file) as archive:  # it streams over an entry that is not packed
         assert archive.getinfo("arr_0.npy").compress_type == zipfile.ZIP_STORED
 
@@ -119,18 +121,14 @@ def test_a_trajectory_ends_in_the_jobs_images(
     assert shown.std() > 10
 
 
-def test_classes_are_given_in_turn_or_follow_the_datas_whatever_n_is(cluster: Cluster, tmp_path: Path) -> None:
-    conditional = untrained(model__classes=3, train__label_dropout=0.1)
-    given = draw(conditional, 20, tmp_path / "given", cluster, labels=(2, 0))
-    assert labels_in(given) == [2, 0] * 10
-    drawn = draw(conditional, 100, tmp_path / "data", cluster, class_counts=(70, 0, 30))
+def test_classes_are_given_in_turn_or_follow_the_datas_whatever_n_is() -> None:
+    assert changed(labels=(2, 0)).labels_of(3, range(20)) == [2, 0] * 10
+    drawn = changed(class_counts=(70, 0, 30)).labels_of(3, range(100))
+    assert drawn is not None
+    assert 1 not in drawn
     for n in (10, 30, 100):
-        assert abs(labels_in(drawn)[:n].count(0) - 0.7 * n) <= 1.5
-    assert 1 not in labels_in(drawn)
-
-
-def labels_in(samples: Samples) -> list[int]:
-    return pq.read_table(write_form(samples, "parquet"))["label"].to_pylist()
+        assert abs(drawn[:n].count(0) - 0.7 * n) <= 1.5
+    assert changed(class_counts=(70, 0, 30)).labels_of(3, range(40, 60)) == drawn[40:60]
 
 
 def test_a_spec_is_told_of_classes_that_the_model_does_not_know() -> None:
