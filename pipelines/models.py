@@ -114,7 +114,8 @@ def find_model(
     text: str, store: Place, tracker: Tracker, overrides: Sequence[str] = (), verb: str = "evaluate"
 ) -> Model:
     """The MODEL of the command line, with fields of its recorded spec set anew: how it is sampled and evaluated, not
-    what it is. UserError where there is none; a warning for what is set and has no effect on `verb`, one of `USED`.
+    what it is. UserError where there is none, or it is damaged; a warning for what is set and has no effect on `verb`,
+    one of `USED`.
     """
     for override in overrides:
         if (section := override.split(".")[0]) not in _SETTABLE:
@@ -130,10 +131,13 @@ def find_model(
         warn_without_effect(spec, said=without_effect(recorded))
         return spec
 
-    found = _find(text, store, tracker)
-    if not isinstance(found, Model):
-        run, step = found
-        return of_checkpoint(run, step, changed(run.spec()))
+    try:
+        found = _find(text, store, tracker)
+        if not isinstance(found, Model):
+            run, step = found
+            return of_checkpoint(run, step, changed(run.spec()))
+    except DamageError as error:
+        raise UserError(f"MODEL {text}: {error}") from error
     spec = changed(found.spec)
     if spec.sample.ema_length != found.spec.sample.ema_length:
         raise UserError("--set sample.ema_length: this model's weights are one average; name the run they come from")
