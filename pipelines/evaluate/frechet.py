@@ -12,14 +12,38 @@ ten times as long on matrices as small as these, and their number would show in 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.evaluate.chance import generator
+from pipelines.evaluate.chance import REPLICATES, generator
 
 Features = NDArray[np.float64]
+
+SPLITS = 50
+"""Halvings that a distance is a mean over, at most."""
+WORK = 50_000_000_000
+"""Multiplications, or so, that the halvings may take, and as many the replicates: some twenty seconds."""
+_NARROW = 1.5
+"""Images for each feature, from which on the way by covariances is the shorter one."""
+
+
+class _Centred(NamedTuple):
+    mean: torch.Tensor
+    centred: torch.Tensor
+    """[n, d], over the root of n - 1: its square is the covariance."""
+
+
+def _centred(features: Features) -> _Centred:
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features of two images or more [n, d] are needed, not {list(features.shape)}")
+    if not np.isfinite(features).all():
+        raise ValueError("the features are not all finite")
+    values = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float64))
+    mean = values.mean(dim=0)
+    return _Centred(mean, (values - mean) / (len(values) - 1) ** 0.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +57,8 @@ class Statistics:
     @staticmethod
     def of(features: Features) -> "Statistics":
         """Of features [n, d]. ValueError for fewer than two images, or values that are not finite."""
-        if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"features of two images or more [n, d] are needed, not {list(features.shape)}")
-        if not np.isfinite(features).all():
-            raise ValueError("the features are not all finite")
-        values = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float64))
-        mean = values.mean(dim=0)
-        centred = values - mean
-        covariance = centred.T @ centred / (len(values) - 1)
-        return Statistics(len(values), mean.numpy(), covariance.numpy())
+        found = _centred(features)
+        return Statistics(len(features), found.mean.numpy(), (found.centred.T @ found.centred).numpy())
 
     @cached_property
     def factor(self) -> torch.Tensor:
@@ -61,6 +78,26 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return max(0.0, float(((a.mean - b.mean) ** 2).sum() + spread))
 
 
+def distance_of(a: Features, b: Features) -> float:
+    """The squared Frechet distance of two sets of features [n, d] and [m, d]. ValueError as by `Statistics.of`.
+
+    Of fewer images than features, or hardly more, the covariances are left out: with centred features X and Y,
+    tr (S T)^(1/2) is the sum of the singular values of X Y^T / ((n - 1) (m - 1))^(1/2), a matrix of n x m.
+    """
+    if min(len(a), len(b)) >= _NARROW * a.shape[1]:
+        return frechet_distance(Statistics.of(a), Statistics.of(b))
+    x, y = (_centred(features) for features in (a, b))
+    overlap = float(torch.linalg.svdvals(x.centred @ y.centred.T).sum())
+    spread = float(x.centred.square().sum() + y.centred.square().sum()) - 2 * overlap
+    return max(0.0, float((x.mean - y.mean).square().sum()) + spread)
+
+
+def frechet_effort(n: int, d: int) -> tuple[int, int]:
+    """Halvings and replicates that distances of n images with d features are worth: fewer where each is dear."""
+    work = n * d * min(n, d)
+    return min(SPLITS, max(2, WORK // work)), min(REPLICATES, max(20, WORK // work * 2))
+
+
 def halvings(count: int, n: int, seed: int, splits: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """`splits` random pairs of disjoint index sets of size n out of `count`, keyed by the seed.
 
@@ -71,19 +108,3 @@ def halvings(count: int, n: int, seed: int, splits: int) -> Iterator[tuple[NDArr
     for split in range(splits):
         order = generator(seed, "halving", split).permutation(count)
         yield order[:n], order[n : 2 * n]
-
-
-def bootstrap_spread(a: Features, b: Features, seed: int, replicates: int) -> tuple[float, float]:
-    """How far the distance between two sets would move with other images: 2.5 % and 97.5 % points, around 0.
-
-    Both sets are drawn again with replacement, keyed by the seed (Efron 1979). Repeated images make every
-    replicate's distance larger than the sets' own, so that its percentiles are no interval; their deviations from
-    the replicates' mean are, once added to the estimate.
-    """
-    distances = []
-    for replicate in range(replicates):
-        random = generator(seed, "bootstrap", replicate)
-        again = (Statistics.of(x[random.integers(len(x), size=len(x))]) for x in (a, b))
-        distances.append(frechet_distance(*again))
-    low, high = np.quantile(np.array(distances) - np.mean(distances), [0.025, 0.975])
-    return float(low), float(high)

@@ -11,17 +11,17 @@ from pipelines import report
 from pipelines.cluster import Cluster
 from pipelines.data.manifest import Dataset
 from pipelines.data.reader import Reader
+from pipelines.evaluate.chance import REPLICATES, share_interval
 from pipelines.evaluate.features import FeatureNet, torch_threads
 from pipelines.evaluate.look import Look, Looker, look_at
-from pipelines.evaluate.memory import NEAR, memory, nearest
-from pipelines.evaluate.neighbours import mean_interval
+from pipelines.evaluate.memory import NEAR, SPLITS, memory, nearest
 from pipelines.evaluate.scores import AGREEMENT, NEAR_FEATURES, NEAR_PIXELS, Score
 from pipelines.evaluate.sets import (
     HELD_OUT,
-    REPLICATES,
     Extractor,
     SetFeatures,
     common_size,
+    floors_of,
     frechet_score,
     kernel_score,
     neighbour_scores,
@@ -88,7 +88,10 @@ def score_images(
     """
     sets = reference.sets(look.features, seed)
     known = {**provenance, "dataset_digest": reference.dataset.digest}
-    facts = sets.provenance(seed, known)
+    # Of all images, unlike the scores of sets.
+    counts = {"n": len(look.index), "samples": len(look.index), "held_out": len(reference.held_out.index)}
+    facts = {**sets.provenance(seed, known), **counts}
+    floors = floors_of(sets.real, sets.blind, seed)
     train = features_of(
         units_of(reference.dataset, "train"), reference.net, reference.store / "features", reference.cluster
     )
@@ -96,15 +99,15 @@ def score_images(
         near_features = nearest(look.features, train).distance
         apart_features = nearest(reference.held_out.features, train).distance
     scores = [
-        frechet_score(sets, seed=seed, provenance=known),
-        kernel_score(sets, seed=seed, provenance=known),
-        *neighbour_scores(sets, seed=seed, provenance=known),
+        frechet_score(sets, seed=seed, provenance=known, floors=floors),
+        kernel_score(sets, seed=seed, provenance=known, floors=floors),
+        *neighbour_scores(sets, seed=seed, provenance=known, floors=floors),
         _memory_score(NEAR_FEATURES, near_features, apart_features, len(train), facts),
         _memory_score(NEAR_PIXELS, look.distance, reference.held_out.distance, len(train), facts),
     ]
     if asked and (look.guesses >= 0).all():
-        right = (look.guesses == look.labels).astype(np.float64)
-        interval = mean_interval(right, seed, AGREEMENT, REPLICATES)
+        right = look.guesses == look.labels
+        interval = share_interval(int(right.sum()), len(right))
         scores.append(Score(AGREEMENT, float(right.mean()), interval, {**facts, "floor": reference.accuracy()}))
     return ImageScores(scores, _pairs(look, reference))
 
@@ -120,12 +123,14 @@ def _memory_score(
     found = memory(near, held_out, facts["seed"])
     added = {
         "share": NEAR,
+        "splits": SPLITS,
+        "replicates": REPLICATES,
         "threshold": found.threshold,
         "floor": found.own_rate,
         "copies": int((near == 0).sum()),
         "trained_on": trained_on,
     }
-    return Score(name, found.rate, mean_interval(found.near, facts["seed"], name, REPLICATES), {**facts, **added})
+    return Score(name, found.rate, found.interval, {**facts, **added})
 
 
 def _pairs(look: Look, reference: Reference) -> bytes:

@@ -17,16 +17,29 @@ from pipelines.data.pixels import to_pixels
 from pipelines.data.reader import Reader
 from pipelines.drawing import Settings, draw
 from pipelines.errors import UserError
+from pipelines.evaluate.chance import REPLICATES
 from pipelines.evaluate.extractors import SEED as FEATURE_SEED
 from pipelines.evaluate.extractors import extractor, kept_net
 from pipelines.evaluate.features import FORMAT as FEATURES_FORMAT
+from pipelines.evaluate.frechet import SPLITS, WORK
 from pipelines.evaluate.images import Reference, score_images
 from pipelines.evaluate.inception import file_digest
 from pipelines.evaluate.judge import draw_and_look
+from pipelines.evaluate.kernel import SUBSET, SUBSETS
 from pipelines.evaluate.likelihood import LikelihoodTasks
 from pipelines.evaluate.look import Look
+from pipelines.evaluate.memory import NEAR
+from pipelines.evaluate.memory import SPLITS as NEAR_SPLITS
+from pipelines.evaluate.neighbours import NEIGHBOURS
 from pipelines.evaluate.scores import BITS_PER_DIM, FRECHET, NEAR_FEATURES, NEAR_PIXELS, Score
-from pipelines.evaluate.sets import FEWEST, HELD_OUT, REPLICATES, SPLITS, SetFeatures, frechet_score
+from pipelines.evaluate.sets import (
+    FEWEST,
+    HELD_OUT,
+    KERNEL_SPLITS,
+    NEIGHBOUR_PAIRS,
+    SetFeatures,
+    frechet_score,
+)
 from pipelines.models import Model
 from pipelines.sample import Studio, sample_spec
 from pipelines.sample.job import JOB, Job
@@ -36,7 +49,8 @@ from pipelines.store import MANIFEST, Place, identity
 
 _BITS_FORMAT = 2
 """Of the bits' interval; since 2, copies of an image count in it as one."""
-_SETS_FORMAT = 1
+_SETS_FORMAT = 2
+"""Of their values and intervals; since 2, intervals have the chance of both sides in them."""
 _OF_A_JOB = ("model_digest", "sampler", "steps", "eta", "spacing", "clip_x0", "dynamic_threshold", "guidance", "chunk")
 _SCORES, PAIRS = "scores.json", "pairs.png"
 
@@ -46,7 +60,15 @@ MEASURE = {
     "feature_seed": FEATURE_SEED,
     "sets": _SETS_FORMAT,
     "splits": SPLITS,
+    "frechet_work": WORK,
+    "kernel_splits": KERNEL_SPLITS,
+    "neighbour_pairs": NEIGHBOUR_PAIRS,
     "replicates": REPLICATES,
+    "neighbours": NEIGHBOURS,
+    "near": NEAR,
+    "near_splits": NEAR_SPLITS,
+    "subsets": SUBSETS,
+    "subset": SUBSET,
 }
 """What scores depend on beside the spec, the model and the data; with it in their key, old ones are not taken for new.
 """

@@ -2,92 +2,87 @@
 
 Binkowski et al. 2018, "Demystifying MMD GANs", section 3.2 and equation 4: the squared maximum mean discrepancy of the
 features under the kernel k(x, y) = (x . y / d + 1)^3. Two sets of real images are at 0 on average, and single values
-may lie below it.
+may lie below it. Many subsets of the same images are scored at once, from kernels that are worked out once, in blocks.
 """
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddpm_core import noise
-from pipelines.evaluate.chance import generator
+from pipelines.evaluate.chance import Draw, Rows
 from pipelines.evaluate.frechet import Features
 
 SUBSETS = 100
 SUBSET = 1000
 """Most images of a subset, as is usual for the spread."""
-_BLOCK = 1024
+_BLOCK = 2**21
+"""Kernels at a time."""
 
 
-def kernel_distance(a: Features, b: Features, seed: int) -> float:
-    """The estimate from all images of two sets of features [n, d] of one size. ValueError for fewer than two images."""
-    if len(a) != len(b) or len(a) < 2:
-        raise ValueError(f"two sets of as many images, two or more, are needed, not {len(a)} and {len(b)}")
-    return _over_subsets(a, b, seed, subsets=1, size=len(a))[0]
+def kernel_distance(a: Features, b: Features) -> float:
+    """The estimate from all images of two sets of features [n, d] and [m, d]. ValueError for fewer than two images."""
+    return float(kernel_distances(a, b, [(np.arange(len(a)), np.arange(len(b)))])[0])
 
 
-def kernel_spread(a: Features, b: Features, seed: int) -> float:
-    """Standard deviation of the estimates from 100 random subsets, of up to 1,000 images and at most half of them."""
-    return _over_subsets(a, b, seed, SUBSETS, max(2, min(SUBSET, len(a) // 2)))[1]
+def kernel_distances(ours: Features, real: Features, draws: Sequence[Draw]) -> NDArray[np.float64]:
+    """Estimates [draws], each of some of our images [S, d] and some of the real ones [M, d]. ValueError as above."""
+    if min(len(rows) for draw in draws for rows in draw) < 2:
+        raise ValueError("two images or more of each are needed")
+    x, y = (torch.from_numpy(np.ascontiguousarray(s, dtype=np.float64)) for s in (ours, real))
+    u, v = (_counts([draw[side] for draw in draws], len(s)) for side, s in enumerate((x, y)))
+    between = _between(x, y, u, v) / (u.sum(1) * v.sum(1))
+    found: NDArray[np.float64] = (_within(x, u) + _within(y, v) - 2 * between).numpy()
+    return found
 
 
-def kernel_interval(a: Features, b: Features, seed: int, replicates: int) -> tuple[float, float]:
-    """95 % bootstrap interval of the estimate: both sets are drawn again with replacement, keyed by the seed.
-
-    Pairs of an image and its own copy, of which another sample would have none, are left out: with them, each
-    replicate would lie above the estimate. For sets of one distribution the interval is wider than it had to be.
-    """
-    draws = [np.empty((replicates, len(x))) for x in (a, b)]
-    for replicate in range(replicates):
-        random = generator(seed, "kernel-bootstrap", replicate)
-        for counts in draws:
-            n = counts.shape[1]
-            counts[replicate] = np.bincount(random.integers(n, size=n), minlength=n)
-    x, y = (torch.from_numpy(np.ascontiguousarray(s, dtype=np.float64)) for s in (a, b))
-    u, v = (torch.from_numpy(counts) for counts in draws)
-    values = _within(x, u) + _within(y, v) - 2 * _between(x, y, u, v) / (len(a) * len(b))
-    low, high = np.quantile(values.numpy(), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _within(x: Tensor, counts: Tensor) -> Tensor:
-    """Mean kernel over the pairs of different images of each draw [replicates]; counts [replicates, n]."""
-    same = _kernel_diagonal(x)
-    pairs = counts.sum(1) ** 2 - counts.square().sum(1)
-    return (_between(x, x, counts, counts) - counts.square() @ same) / pairs
-
-
-def _between(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Sum of u_i k(x_i, y_j) v_j over all pairs, for each replicate, some rows at a time."""
-    total = torch.zeros(len(u), dtype=torch.float64)
-    for start in range(0, len(x), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        total += ((u[:, rows] @ _kernel(x[rows], y)) * v).sum(1)
-    return total
-
-
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
-def _kernel_diagonal(x: Tensor) -> Tensor:
-    return (x.square().sum(1) / x.shape[1] + 1) ** 3
-
-
-def _over_subsets(a: Features, b: Features, seed: int, subsets: int, size: int) -> tuple[float, float]:
-    """Mean and standard deviation of torchmetrics' estimates from random subsets."""
+def kernel_spread(a: Features, b: Features, seed: int, size: int) -> float:
+    """Standard deviation of torchmetrics' estimates from 100 random subsets of so many images of either set."""
     from torchmetrics.image.kid import KernelInceptionDistance  # half a second, and only those who score pay it
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that it keeps the features, which are here anyway
         torch.manual_seed(noise.key(seed, "kernel-subsets"))  # it takes the global generator
-        metric = KernelInceptionDistance(_AsTheyAre(), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(_AsTheyAre(), subsets=SUBSETS, subset_size=size)
         for features, real in ((a, True), (b, False)):
             metric.update(torch.from_numpy(np.ascontiguousarray(features, dtype=np.float64)), real=real)
-        mean, deviation = metric.compute()
-    return float(mean), float(deviation)
+        _, deviation = metric.compute()
+    return float(deviation)
+
+
+def subset_size(n: int) -> int:
+    """Up to 1,000 images, and at most half of n."""
+    return max(2, min(SUBSET, n // 2))
+
+
+def _counts(subsets: Sequence[Rows], count: int) -> Tensor:
+    """How often each image is in each subset [subsets, count]: once or not."""
+    found = torch.zeros(len(subsets), count, dtype=torch.float64)
+    for row, chosen in zip(found, subsets, strict=True):
+        row[torch.from_numpy(chosen)] = 1
+    return found
+
+
+def _within(x: Tensor, u: Tensor) -> Tensor:
+    """Mean kernel over the pairs of different images of each subset [subsets]; u [subsets, n]."""
+    n = u.sum(1)
+    same = (x.square().sum(1) / x.shape[1] + 1) ** 3
+    return (_between(x, x, u, u) - u @ same) / (n * (n - 1))
+
+
+def _between(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Sum of u_i k(x_i, y_j) v_j over all pairs, of each subset, some rows at a time."""
+    total = torch.zeros(len(u), dtype=torch.float64)
+    size = max(1, _BLOCK // len(y))
+    for start in range(0, len(x), size):
+        rows = slice(start, start + size)
+        kernel = (x[rows] @ y.T).div_(x.shape[1]).add_(1).pow_(3)
+        total += ((u[:, rows] @ kernel) * v).sum(1)
+    return total
 
 
 class _AsTheyAre(nn.Module):

@@ -2,83 +2,104 @@
 
 Improved precision and recall: Kynkaanniemi et al. 2019, "Improved precision and recall metric for assessing generative
 models", equations 1 and 2, k = 3. Density and coverage: Naeem et al. 2020, "Reliable fidelity and diversity metrics for
-generative models", equations 4 and 5, k = 5. Each is a mean over images, of whose terms the interval is made.
+generative models", equations 4 and 5, k = 5. Many subsets of the same images are scored at once: each distance is
+worked out once, some rows at a time, and looked at by all of them.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.evaluate.chance import generator
+from pipelines.evaluate.chance import Draw, Rows
 from pipelines.evaluate.frechet import Features
 from pipelines.evaluate.scores import COVERAGE, DENSITY, PRECISION, RECALL
 
 NEIGHBOURS = {PRECISION: 3, RECALL: 3, DENSITY: 5, COVERAGE: 5}
 """k by score."""
-_BLOCK = 512
+_BLOCK = 2**19
+"""Distances at a time."""
+_LIST = 64
+"""Neighbours of an image that are kept in order: among so many a quarter of its set has k, or else all are asked."""
+_CLOSE = 4e-6
+"""Squared distances below this share of an image's square are worked out again, without inner products, by which images
+that are alike would be at a distance of rounding errors."""
+_RIM = 1 + 1e-9
+"""A copy of the k-th neighbour lies on the rim of a ball, whichever way it was rounded."""
 
 
-@dataclass(frozen=True)
-class _Balls:
-    """Around each of a set's images, radii that reach to its k-th neighbour among the others."""
+def neighbour_values(ours: Features, real: Features, draws: Sequence[Draw]) -> dict[str, NDArray[np.float64]]:
+    """Scores by name [draws], each of some of our images [S, d] held against some of the real ones [M, d].
 
-    radii: Mapping[int, Tensor]
-
-    @staticmethod
-    def of(x: Tensor, *numbers: int) -> "_Balls":
-        found = {k: torch.empty(len(x), dtype=torch.float64) for k in numbers}
-        for start in range(0, len(x), _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            # The image itself is the nearest one.
-            nearest = _distances(x[rows], x).topk(max(numbers) + 1, largest=False, sorted=True).values
-            for k in numbers:
-                found[k][rows] = nearest[:, k]
-        return _Balls(found)
-
-
-def neighbour_terms(ours: Features, real: Features) -> dict[str, NDArray[np.float64]]:
-    """By score, the term of each image, of which it is the mean: of each of ours for precision (is it in a real image's
-    ball?) and density (in how many, over k?), of each real one for recall (is it in a ball of ours?) and coverage (is
-    one of ours in its ball?). Features [n, d] and [m, d]; ValueError for fewer than 6 images of either.
+    Precision is the share of ours in a real one's ball, density in how many balls they are on average, over k, recall
+    the share of real ones in a ball of ours, coverage that of real ones with one of ours in their ball. A set of k
+    images or fewer has balls that reach to its farthest. ValueError for fewer than two images in a set.
     """
-    fewest = max(NEIGHBOURS.values()) + 1
-    if min(len(ours), len(real)) < fewest:
-        raise ValueError(f"{fewest} images or more of each are needed, not {len(ours)} and {len(real)}")
-    x, y = (torch.from_numpy(np.ascontiguousarray(s, dtype=np.float64)) for s in (ours, real))
-    around_ours = _Balls.of(x, NEIGHBOURS[RECALL]).radii
-    around_real = _Balls.of(y, NEIGHBOURS[PRECISION], NEIGHBOURS[COVERAGE]).radii
-    inside = torch.zeros(len(x), dtype=torch.bool)
-    balls = torch.zeros(len(x), dtype=torch.float64)
-    reached = torch.zeros(len(y), dtype=torch.bool)
-    nearest = torch.full((len(y),), torch.inf, dtype=torch.float64)
-    for start in range(0, len(x), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        distances = _distances(x[rows], y)
-        inside[rows] = (distances <= around_real[NEIGHBOURS[PRECISION]]).any(1)
-        balls[rows] = (distances <= around_real[NEIGHBOURS[DENSITY]]).sum(1).double()
-        reached |= (distances <= around_ours[NEIGHBOURS[RECALL]][rows, None]).any(0)
-        nearest = torch.minimum(nearest, distances.min(0).values)
-    terms = {
-        PRECISION: inside,
-        RECALL: reached,
-        DENSITY: balls / NEIGHBOURS[DENSITY],
-        COVERAGE: nearest <= around_real[NEIGHBOURS[COVERAGE]],
+    if min(len(rows) for draw in draws for rows in draw) < 2:
+        raise ValueError("two images or more of each are needed")
+    centre = real.mean(0)
+    x, y = (torch.from_numpy(np.ascontiguousarray(s - centre, dtype=np.float64)) for s in (ours, real))
+    ours_rows, real_rows = ([draw[side] for draw in draws] for side in (0, 1))
+    (around_ours,) = _radii(x, ours_rows, NEIGHBOURS[RECALL])
+    narrow, wide = _radii(y, real_rows, NEIGHBOURS[PRECISION], NEIGHBOURS[COVERAGE])
+    inside, balls = np.zeros(len(draws)), np.zeros(len(draws))
+    reached, covered = (np.zeros((len(draws), len(y)), dtype=bool) for _ in range(2))
+    mine = _members(ours_rows, len(x))
+    for rows, distances in _blocks(x, y):
+        for draw, columns in enumerate(real_rows):
+            chosen = np.flatnonzero(mine[draw, rows])
+            d = distances[np.ix_(chosen, columns)]
+            within = d <= wide[draw, columns]
+            inside[draw] += (d <= narrow[draw, columns]).any(1).sum()
+            balls[draw] += np.count_nonzero(within)
+            reached[draw, columns] |= (d <= around_ours[draw, rows][chosen, None]).any(0)
+            covered[draw, columns] |= within.any(0)
+    n, m = (np.array([len(rows) for rows in side]) for side in (ours_rows, real_rows))
+    return {
+        PRECISION: inside / n,
+        RECALL: reached.sum(1) / m,
+        DENSITY: balls / n / NEIGHBOURS[DENSITY],
+        COVERAGE: covered.sum(1) / m,
     }
-    return {name: term.double().numpy() for name, term in terms.items()}
 
 
-def mean_interval(terms: NDArray[np.float64], seed: int, purpose: str, replicates: int) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of terms [n], keyed by seed and purpose."""
-    random = generator(seed, f"{purpose}-bootstrap")
-    means = [terms[random.integers(len(terms), size=len(terms))].mean() for _ in range(replicates)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+def _radii(x: Tensor, subsets: Sequence[Rows], *numbers: int) -> list[NDArray[np.float64]]:
+    """For each k, of each subset the squared radii [subsets, N] of its images; without meaning for the others."""
+    members = _members(subsets, len(x))
+    found = [np.zeros(members.shape) for _ in numbers]
+    for rows, distances in _blocks(x, x):
+        nearest, order = torch.from_numpy(distances).topk(min(_LIST, len(x)), largest=False, sorted=True)
+        near, where = nearest.numpy(), order.numpy()
+        for subset, among in enumerate(members):
+            # The image itself is the nearest one.
+            count = among[where].cumsum(1)
+            for k, radii in zip(numbers, found, strict=True):
+                wanted = min(k + 1, len(subsets[subset]))
+                radius = near[np.arange(len(near)), (count >= wanted).argmax(1)]
+                for short in np.flatnonzero(count[:, -1] < wanted):
+                    radius[short] = np.partition(distances[short, among], wanted - 1)[wanted - 1]
+                radii[subset, rows] = radius * _RIM
+    return found
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    # Not by inner products: images that are alike would be at a distance of rounding errors.
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+def _members(subsets: Sequence[Rows], count: int) -> NDArray[np.bool_]:
+    members = np.zeros((len(subsets), count), dtype=bool)
+    for member, rows in zip(members, subsets, strict=True):
+        member[rows] = True
+    return members
+
+
+def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Rows of x, and their squared distances [rows, len(y)] from all of y."""
+    size = max(1, _BLOCK // len(y))
+    x_squares, y_squares = (s.square().sum(1) for s in (x, y))
+    for start in range(0, len(x), size):
+        rows = slice(start, start + size)
+        found = torch.addmm(y_squares, x[rows], y.T, alpha=-2).add_(x_squares[rows, None])
+        near = (found <= _CLOSE * x_squares[rows, None]).nonzero()
+        for pairs in near.split(max(1, _BLOCK // x.shape[1])):
+            i, j = pairs.unbind(1)
+            found[i, j] = (x[rows][i] - y[j]).square().sum(1)
+        yield rows, found.numpy()

@@ -77,6 +77,34 @@ class Score:
             raise DamageError(f"a score's record is damaged: {error!r}") from None
 
 
+@dataclass(frozen=True)
+class Floors:
+    """What real images score against real ones, by score, and uniform noise: the same for whatever model is scored."""
+
+    n: int
+    """Images of each side."""
+    floors: Mapping[str, float]
+    """By name of the score."""
+    noise: float
+    """Frechet distance of uniform noise from real images."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with a format version."""
+        return {"format": FORMAT, "n": self.n, "floors": dict(self.floors), "noise": self.noise}
+
+    @staticmethod
+    def from_json(record: Any) -> "Floors":
+        """The inverse of `to_json`. DamageError for another format, or a record that is none of floors."""
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            found = record.get("format") if isinstance(record, dict) else type(record).__name__
+            raise DamageError(f"floors have format {found}, not {FORMAT}")
+        try:
+            floors = {str(name): float(floor) for name, floor in record["floors"].items()}
+            return Floors(int(record["n"]), floors, float(record["noise"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamageError(f"a record of floors is damaged: {error!r}") from None
+
+
 def comparable(a: Score, b: Score) -> list[str]:
     """The fields that forbid to compare two scores; empty where they may be compared.
 

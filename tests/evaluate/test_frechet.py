@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from pipelines.evaluate.frechet import Statistics, bootstrap_spread, frechet_distance, halvings
+from pipelines.evaluate.frechet import Statistics, distance_of, frechet_distance, frechet_effort, halvings
 
 
 def real_floor(features: np.ndarray, n: int) -> np.ndarray:
@@ -86,13 +86,18 @@ def test_the_floor_falls_as_one_over_n() -> None:
     assert np.array_equal(few, real_floor(features, 250))
 
 
-def test_the_bootstrap_spreads_as_fresh_data_do() -> None:
-    def pair(seed: int) -> tuple[np.ndarray, np.ndarray]:
-        random = np.random.default_rng(seed)
-        return random.standard_normal((300, 4)), random.standard_normal((300, 4)) + 0.5
+@pytest.mark.parametrize(("n", "m", "d"), [(40, 40, 3), (20, 30, 64), (70, 90, 64), (30, 200, 64), (10, 10, 300)])
+def test_fewer_images_than_features_are_at_the_distance_that_their_covariances_have(n: int, m: int, d: int) -> None:
+    a, b = normals(n, d, 1), 1.2 * normals(m, d, 2)
+    assert distance_of(a, b) == pytest.approx(distance(a, b), rel=1e-9 if min(n, m) > d else 1e-7)
+    assert distance_of(a, a + 1) == pytest.approx(d, rel=1e-9)
+    with pytest.raises(ValueError, match="finite"):
+        distance_of(np.full((n, d), np.nan), b)
 
-    low, high = bootstrap_spread(*pair(0), seed=0, replicates=200)
-    fresh = np.std([distance(*pair(seed)) for seed in range(1, 200)])
-    assert low < 0 < high
-    assert (high - low) / (2 * 1.96) == pytest.approx(fresh, rel=0.3)
-    assert bootstrap_spread(*pair(0), seed=0, replicates=20) == bootstrap_spread(*pair(0), seed=0, replicates=20)
+
+def test_no_more_work_than_the_images_are_worth() -> None:
+    assert frechet_effort(1000, 64) == frechet_effort(5000, 64) == (50, 200)
+    splits, replicates = frechet_effort(1000, 2048)
+    assert 10 <= splits < 50
+    assert 20 <= replicates < 200
+    assert frechet_effort(20_000, 2048) == (2, 20)

@@ -10,8 +10,15 @@ from pipelines.drawing import Settings, draw
 from pipelines.errors import Failed, UserError
 from pipelines.evaluate.bits import bits_score, estimate_bits
 from pipelines.evaluate.features import FeatureNet
-from pipelines.evaluate.scores import Score, comparable
-from pipelines.evaluate.sets import SetFeatures, frechet_score, uniform_noise
+from pipelines.evaluate.scores import Floors, Score, comparable
+from pipelines.evaluate.sets import (
+    SetFeatures,
+    floors_of,
+    frechet_score,
+    kernel_score,
+    neighbour_scores,
+    uniform_noise,
+)
 from pipelines.sections import Sample
 from pipelines.store import DamageError
 from tests.evaluate.conftest import Digits
@@ -54,10 +61,31 @@ def test_the_score_says_what_it_is_of(net: FeatureNet, digits: Digits) -> None:
     assert provenance["n"] == 100  # also of the halves: the floor is taken at the same n
     assert provenance["features_digest"] == net.digest
     assert provenance["split"] == "held-out"
+    assert (provenance["samples"], provenance["held_out"]) == (100, 200)
+    assert (provenance["splits"], provenance["replicates"]) == (20, 30)
     assert provenance["floor"] > of(net, digits.train, digits).provenance["floor"]
     assert KNOWN.items() <= provenance.items()
     assert score == of(net, digits.train[:100], digits)
     assert score != of(net, digits.train[:100], digits, seed=1)
+
+
+def test_floors_are_the_same_for_every_model_and_serve_all(net: FeatureNet, digits: Digits) -> None:
+    sets = [SetFeatures.of(net, samples, digits.held_out, seed=3) for samples in (digits.train, 255 - digits.train)]
+    floors, again = (floors_of(one.real, one.blind, seed=3) for one in sets)
+    assert floors == again == Floors.from_json(json.loads(json.dumps(floors.to_json())))
+    alone, given = (
+        [make(sets[0], seed=3, provenance=KNOWN, **words) for make in (frechet_score, kernel_score)]
+        + neighbour_scores(sets[0], seed=3, provenance=KNOWN, replicates=20, **words)
+        for words in ({}, {"floors": floors})
+    )
+    assert alone == given
+    assert {score.name: score.provenance["floor"] for score in given} == floors.floors
+    assert given[1].provenance["subset"] == sets[0].n // 2
+    with pytest.raises(ValueError, match="floors at n"):
+        frechet_score(SetFeatures.of(net, digits.train[:50], digits.held_out, 3), seed=3, provenance={}, floors=floors)
+    for damaged in ({**floors.to_json(), "format": 2}, {"format": 1}, {**floors.to_json(), "floors": 3}, []):
+        with pytest.raises(DamageError):
+            Floors.from_json(damaged)
 
 
 def test_its_bits_do_not_depend_on_threads_and_it_leaves_them_alone(net: FeatureNet, digits: Digits) -> None:
