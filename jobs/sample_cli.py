@@ -84,8 +84,8 @@ def sample(
                 session.progress.finish("sample", f"{counted(singles.n, 'image')}, made again")
             if trajectory:
                 session.progress.start("trajectory", "drawing")
-                shown_of = sorted(set(wanted or range(n or _DEFAULT_N)))
-                if wanted and len(shown_of) > MOST_STRIPS:
+                shown_of = sorted(set(wanted)) if wanted else range(min(n or _DEFAULT_N, MOST_STRIPS))
+                if len(shown_of) > MOST_STRIPS:
                     session.progress.say(f"--trajectory: of the images, the first {MOST_STRIPS} are shown")
                 picture = draw_trajectory(found, settings, shown_of[:MOST_STRIPS], place, studio)
                 told["trajectory"] = str(picture)

@@ -21,6 +21,10 @@ DEATHS = 4
 _LOOK_SECONDS = 1.0
 _SAY_SECONDS = 30.0
 """For which nobody has begun before it is said what is waited for."""
+_LONG_SECONDS = 120.0
+"""For which nothing was finished before it is said who is at work; twice as long before it is said again."""
+_END_SECONDS = 2.0
+"""That actors which are ended have to be gone in."""
 _ROUNDING = 1e-6
 """Of shares of a CPU: three thirds are one."""
 _SLOW_TIMES, _SLOW_SECONDS = 3.0, 5.0
@@ -77,7 +81,10 @@ class Pool:
         """When the last death before any chunk was counted: who had begun by then died with it, of the same cause."""
         self._error: Exception | None = None
         """Of the first chunk that has failed; none after it is open any more."""
-        self._quiet_since = time.monotonic()
+        self._quiet_since = self._done_at = time.monotonic()
+        self._patience = _LONG_SECONDS
+        self._cause = ""
+        """Of the last actor that could not begin."""
         self.deaths = 0
 
     def results(self) -> Iterator[tuple[int, Any]]:
@@ -99,10 +106,13 @@ class Pool:
                     if (done := self._take(answer)) is not None:
                         yield done
                 self._say_if_nobody_begins()
+                self._say_if_nothing_is_done()
         finally:
             turns = (*self._starting.values(), *self._running.values())
             for actor in [*self._idle, *(turn.actor for turn in turns)]:
                 self._ray.kill(actor)
+            if self._running:  # who was overtaken is not to write when all is said to be done
+                self._ray.wait([*self._running], num_returns=len(self._running), timeout=_END_SECONDS)
         if self._error is not None:
             raise self._error
 
@@ -113,7 +123,8 @@ class Pool:
         """
         if self._running and self._in_a_row[None] >= DEATHS:
             return
-        most = min(self._crew.most, len(self._open))
+        # A straggler's chunk is tried once more, also where it is the last one.
+        most = min(self._crew.most, len(self._open) + (self._straggler() is not None))
         if self._cluster.is_own:
             room = (int(self._cluster.resource(name) / need + _ROUNDING) for name, need in self._crew.resources.items())
             most = min(most, max(1, min(room)))
@@ -159,6 +170,7 @@ class Pool:
             return None
         self._open.discard(turn.index)
         self._took.append(time.monotonic() - turn.began)
+        self._done_at, self._patience = time.monotonic(), _LONG_SECONDS
         self._in_a_row.clear()
         return turn.index, result
 
@@ -185,13 +197,16 @@ class Pool:
             self._waiting.append(turn.index)  # behind all others: what ends its process is to hinder nothing else
 
     def _never_began(self, turn: _Turn, error: Any) -> None:
-        """Those that were lost together, with their host say, count as one."""
+        """Those that were lost together, with their host say, count as one. One that raised may do so on its host
+        alone: that is told where no other begins."""
         if getattr(error, "actor_init_failed", False):
-            raise Failed(f"{self._crew.blame}: a process cannot begin: {_cause(error)}")
+            self._cause = _cause(error)
         if turn.began > self._wave:
             self._wave = time.monotonic()
             self._in_a_row[None] += 1
         if self._in_a_row[None] >= DEATHS and not self._running:
+            if self._cause:
+                raise Failed(f"{self._crew.blame}: a process cannot begin: {self._cause}")
             self._give_up("before it had begun")
 
     def _give_up(self, over: str) -> None:
@@ -211,6 +226,17 @@ class Pool:
             there = ", ".join(f"{free.get(name, 0):g} {name}" for name in self._crew.resources)
             self._progress.say(f"waiting for room on the cluster: a process takes {asked}, there is {there} free")
 
+    def _say_if_nothing_is_done(self) -> None:
+        if not self._running:
+            return
+        began = min(turn.began for turn in self._running.values())
+        quiet = time.monotonic() - max(self._done_at, began)
+        if quiet > max(self._patience, _SLOW_TIMES * median(self._took) if self._took else 0.0):
+            self._patience = 2 * quiet
+            others = f"; others took {median(self._took):,.0f} s" if self._took else ""
+            at_work = "a process is" if len(self._running) == 1 else f"{len(self._running)} processes are"
+            self._progress.say(f"nothing was finished for {quiet:,.0f} s, {at_work} at work{others}")
+
 
 def _cause(error: Any) -> str:
     """The last line of what the constructor of an actor raised; Ray gives the whole traceback."""
@@ -219,7 +245,7 @@ def _cause(error: Any) -> str:
 
 def _options(resources: Mapping[str, float]) -> dict[str, Any]:
     """Of `ray.remote`, for an actor that is replaced by us and not by Ray, which would do its chunk again in it."""
-    ours = {"CPU": "num_cpus", "GPU": "num_gpus"}
+    ours = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
     named = {ours[name]: need for name, need in resources.items() if name in ours}
     others = {name: need for name, need in resources.items() if name not in ours}
     return {"num_cpus": 0, **named, "resources": others, "max_restarts": 0, "max_task_retries": 0}

@@ -89,7 +89,7 @@ class FaultyProxy:
     """Forwards every request to the server at `upstream`, but meets those named in `faults` with a fault first.
 
     `faults` are used up one a request, in turn (None: none); `always` meets every request while it is set. Only
-    requests of `methods` are met. `seen` is the number of requests that came, by method.
+    requests of `methods` are met. `seen` is the number of requests that came, by method, `met` that of faults.
     """
 
     upstream: int
@@ -97,6 +97,7 @@ class FaultyProxy:
     always: Fault | None = None
     methods: frozenset[str] = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE"})
     seen: dict[str, int] = field(default_factory=dict)
+    met: int = 0
     port: int = 0
     scheme: str = "http"
     over: threading.Event = field(default_factory=threading.Event)
@@ -112,12 +113,14 @@ class FaultyProxy:
             self.seen[method] = self.seen.get(method, 0) + 1
             if method not in self.methods:
                 return None
-            return self.faults.pop(0) if self.faults else self.always
+            fault = self.faults.pop(0) if self.faults else self.always
+            self.met += fault is not None
+            return fault
 
     def calm(self) -> None:
         """Forget faults and counts, and hang up where an answer is being drawn out."""
         with self.lock:
-            self.faults, self.always, self.seen = [], None, {}
+            self.faults, self.always, self.seen, self.met = [], None, {}, 0
             self.over.set()
             self.over = threading.Event()
             self.methods = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE"})

@@ -68,6 +68,14 @@ class Unable(Worker):
         raise OSError("no such device")
 
 
+class OnlyOneAble(Worker):
+    """Only the first of them can be made."""
+
+    def __init__(self, notes: Path) -> None:
+        super().__init__(notes)
+        (notes / "begun").touch(exist_ok=False)
+
+
 class OnlyOne(Worker):
     """Only the first of them begins."""
 
@@ -144,9 +152,10 @@ def test_of_errors_the_first_chunks_is_raised(cluster: Cluster, tmp_path: Path) 
 def test_chunks_before_one_that_failed_are_done_and_none_after_it(cluster: Cluster, tmp_path: Path) -> None:
     """Also one that has to be done again: whoever waits for it waits no longer than it takes."""
     chunks = ["die-1-0", "raise-it", *(f"wait-{i}" for i in range(40))]
-    found = []
+    found: list[str] = []
     with pytest.raises(ValueError, match=r"^it$"):
-        found += [result for _, result in pool_of(cluster, tmp_path, chunks).results()]
+        found.extend(result for _, result in pool_of(cluster, tmp_path, chunks).results())
+    assert "die-1-0" in found
     assert len(list(tmp_path.glob("die-1-0.*"))) == 2
     assert len(list(tmp_path.glob("wait-*"))) < 20
 
@@ -167,9 +176,10 @@ def test_who_cannot_begin_is_told_in_a_line(cluster: Cluster, tmp_path: Path) ->
         list(Pool(cluster, crew, ["do-0", "do-1"]).results())
 
 
-def test_those_that_are_at_work_go_on_where_no_other_begins(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [OnlyOne, OnlyOneAble])
+def test_those_that_are_at_work_go_on_where_no_other_begins(cluster: Cluster, tmp_path: Path, kind: type) -> None:
     """A host that loses every process it starts ends nothing of the work of another."""
-    crew = Crew(OnlyOne, (tmp_path,), ("shared",), 2, {"CPU": 0.5}, "field", "try less")
+    crew = Crew(kind, (tmp_path,), ("shared",), 2, {"CPU": 0.5}, "field", "try less")
     chunks = [f"wait-{i}" for i in range(30)]
     pool = Pool(cluster, crew, chunks)
     assert done_by(pool) == Counter(chunks)
@@ -183,6 +193,28 @@ def test_more_than_there_is_room_for_wait_on_a_cluster_that_is_joined(
     chunks = [f"wait-{i}" for i in range(12)]
     assert done_by(pool_of(cluster, tmp_path, chunks, most=4, cpus=cluster.cpus())) == Counter(chunks)
     assert len({note.name.split(".")[1] for note in tmp_path.iterdir()}) == 1  # room for one
+
+
+def test_memory_is_asked_for_as_ray_has_it(cluster: Cluster, tmp_path: Path) -> None:
+    crew = Crew(Worker, (tmp_path,), ("shared",), 1, {"CPU": 1, "memory": 1e6}, "field", "")
+    assert done_by(Pool(cluster, crew, ["do-0"])) == Counter(["do-0"])
+
+
+def test_it_is_told_of_where_nothing_is_finished_for_long(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pools, "_LONG_SECONDS", 0.5)
+    monkeypatch.setattr(pools, "_LOOK_SECONDS", 0.2)
+
+    class Told(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+            (tmp_path / "told").touch()
+
+    crew = Crew(Worker, (tmp_path,), ("shared",), 1, {"CPU": 1}, "field", "")
+    assert done_by(Pool(cluster, crew, ["do-0", "linger-told"], Told())) == Counter(["do-0", "linger-told"])
+    assert "a process is at work; others took 0 s" in said[0]
 
 
 def test_who_waits_for_room_is_told(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

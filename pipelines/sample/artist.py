@@ -1,10 +1,12 @@
 """The actors that draw: they hold the network, and make chunks whole. One cuts them and commits them."""
 
+import errno
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from socket import gethostname
 from typing import Any
 
@@ -18,9 +20,9 @@ from pipelines.data.write import Rows, Sums, commit_shard
 from pipelines.drawing import draw
 from pipelines.errors import Failed, one_line
 from pipelines.models import Model
-from pipelines.sample.job import SPLIT, Job, Part
+from pipelines.sample.job import OF_THE_PATH, SPLIT, Job, Part
 from pipelines.sample.pace import Made
-from pipelines.train.run import environment
+from pipelines.train.run import changes, environment
 
 
 class Drawer:
@@ -56,9 +58,14 @@ class Drawer:
 
             model: Model = ray.get(shared[0])
             process, unet = model.build()
-            self._built = process, unet.to("cuda" if ray.get_gpu_ids() else "cpu")
+            self._built = process, unet.to("cuda" if self._has_gpu() else "cpu")
             self._size = model.spec.data.image_size
         return self._built
+
+    def _has_gpu(self) -> bool:
+        import ray
+
+        return bool(ray.get_gpu_ids())
 
 
 @contextmanager
@@ -75,21 +82,40 @@ def told_of_memory() -> Iterator[None]:
 class Artist(Drawer):
     """Draws chunks and commits them."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self._environment = environment()
-
     def do(self, shared: tuple[Any], part: Part) -> Made:
-        """Make and commit a part, unless another process has."""
-        began, process = time.time(), (gethostname(), os.getpid())
-        if self._job.committed(part) is not None:
-            return Made(part.count, process, began, time.time(), 0.0, self._environment)
-        self._network(shared)
-        drew = time.monotonic()
-        pixels = self.drawn(shared, part.chunk)[: part.count]
-        drawing = time.monotonic() - drew
-        commit(self._job, part, pixels)
-        return Made(part.count, process, began, time.time(), drawing, self._environment)
+        """Make and commit a part, unless another process has, or has meanwhile."""
+        began, drawing = time.time(), 0.0
+        with _told_of_place(self._job):
+            if not self._job.is_served(part):
+                self._network(shared)
+                drew = time.monotonic()
+                pixels = self.drawn(shared, part.chunk)[: part.count]
+                drawing = time.monotonic() - drew
+                _ = self._changed  # said before the first images are there
+                if not self._job.is_served(part):
+                    commit(self._job, part, pixels)
+        return Made(part.count, (gethostname(), os.getpid()), began, time.time(), drawing, self._changed)
+
+    @cached_property
+    def _changed(self) -> tuple[str, ...]:
+        import torch
+
+        here = {**environment(), "device": torch.cuda.get_device_name() if self._has_gpu() else "cpu"}
+        return tuple(changes(self._job.first_environment(here), here))
+
+
+@contextmanager
+def _told_of_place(job: Job) -> Iterator[None]:
+    """Failed, in a line, where the block finds that this host cannot write into the job's folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_THE_PATH | {errno.ENOENT, errno.ESTALE}:
+            raise
+        raise Failed(
+            f"--out {job.place}: cannot be written to on {gethostname()} ({error.strerror}); name a folder that all "
+            "hosts of the cluster share, or s3://bucket/prefix"
+        ) from None
 
 
 def commit(job: Job, part: Part, pixels: NDArray[np.uint8]) -> None:

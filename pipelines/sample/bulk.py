@@ -16,16 +16,15 @@ from pipelines.drawing import Settings
 from pipelines.errors import Failed, UserError
 from pipelines.models import Model
 from pipelines.pool import Crew, Pool
-from pipelines.progress import Progress
+from pipelines.progress import Progress, counted
 from pipelines.sample.artist import Artist
 from pipelines.sample.finish import Samples, finish
-from pipelines.sample.job import LOCK, Job, Part
+from pipelines.sample.job import Job, Part
 from pipelines.sample.pace import Made
 from pipelines.sections import Sample
 from pipelines.session import Session
 from pipelines.spec import Spec
 from pipelines.store import Place, identity
-from pipelines.train.run import changes
 
 _SEEN_SECONDS = 15.0
 """In which what an actor has written has to be seen here; what is shared by hosts may take a moment."""
@@ -96,25 +95,35 @@ def claimed(job: Job, model: Model, studio: Studio) -> Iterator[Callable[[], Non
     job.check_place()
     if not job.is_claimed():
         studio.check(job.settings)  # before anything is left there
-    with (job.place / LOCK).lock(f"sampling into {job.place}") as check_held:
+    with job.held() as check_held:
         job.check_place()  # it may have come to something since
         job.claim(model.origin)
         yield check_held
 
 
 def _missing(job: Job, n: int, progress: Progress, check_held: Callable[[], None]) -> list[Part]:
-    """The parts that have to be made; what is left of those that are damaged is deleted."""
-    there, missing = job.parts(), []
-    for wanted in job.wanted(n):
+    """The parts that have to be made; what is left of those that are damaged is deleted.
+
+    Of a larger job that is there, a damaged part is made as large as it was.
+    """
+    there, missing, damaged = job.parts(), [], 0
+    # Of a job that is done, its own parts: what a killed attempt has deleted of them is no longer there to tell.
+    for wanted in job.wanted(max(n, job.finished()))[: job.chunks_of(n)]:
         if there:
-            progress.advance(wanted.first + wanted.count, n, "images looked for")
+            progress.advance(min(n, wanted.first + wanted.count), n, "images looked for")
         serving = [part for part in there.get(wanted.chunk, ()) if part.serves(wanted)]
-        whole = [part for part in serving if job.is_whole(part)]
-        for damaged in set(serving) - set(whole):
-            check_held()
-            job.forget(damaged)
-        if not whole:
-            missing.append(wanted)
+        if any(whole := [job.is_whole(part) for part in serving]):
+            keep = serving[whole.index(True)]
+        else:
+            keep = max([wanted, *serving], key=lambda part: part.count)
+            missing.append(keep)
+            damaged += bool(serving)
+        for part, is_whole in zip(serving, whole, strict=True):
+            if not is_whole:
+                check_held()
+                job.forget(part)
+    if damaged:
+        progress.say(f"{job.place}: {counted(damaged, 'damaged chunk')} made again")
     return missing
 
 
@@ -123,19 +132,23 @@ def _make(
 ) -> list[Made]:
     """Make parts on a pool of actors, as each is committed told to who watches."""
     made: list[Made] = []
-    done = n - sum(part.count for part in missing)
+    done = n - sum(min(n, part.first + part.count) - part.first for part in missing)
     if done:
         studio.progress.advance(done, n, "images")
     if not missing:
         return made
-    pool = studio.pool(job, model, Artist, missing)
+    pool, hosts = studio.pool(job, model, Artist, missing), set[str]()
     for place, part in pool.results():
         check_held()
-        _check_seen(job, missing[place], part)
-        if part.process[0] not in {earlier.process[0] for earlier in made}:
-            _compare_environments(job, part, studio.progress)
+        wanted = missing[place]
+        _check_seen(job, wanted, part)
+        host, _ = part.process
+        if part.changed and host not in hosts:
+            told = f"the bits of {host} may differ from those of the first images"
+            studio.progress.say(f"warning: {told}: {', '.join(part.changed)}")
+        hosts.add(host)
         made.append(part)
-        done += part.count
+        done += min(n, wanted.first + wanted.count) - wanted.first
         studio.progress.advance(done, n, "images", **({"failures": pool.deaths} if pool.deaths else {}))
     if pool.deaths:
         told = "a process" if pool.deaths == 1 else f"{pool.deaths} processes"
@@ -146,18 +159,10 @@ def _make(
 def _check_seen(job: Job, part: Part, made: Made) -> None:
     """Failed where what an actor has committed is not seen here: the hosts have each a folder of this name."""
     end = time.monotonic() + _SEEN_SECONDS
-    while job.committed(part) is None:
+    while not job.is_served(part):
         if time.monotonic() > end:
             raise Failed(
                 f"--out {job.place}: what a process on {made.process[0]} has written is not seen here; name a folder "
                 "that all hosts of the cluster share, or s3://bucket/prefix"
             )
         time.sleep(_SEEN_LOOK_SECONDS)
-
-
-def _compare_environments(job: Job, made: Made, progress: Progress) -> None:
-    """A line where what a host draws may have other bits than what was drawn first."""
-    changed = changes(job.first_environment(made.environment), made.environment)
-    if changed:
-        told = f"the bits of {made.process[0]} may differ from those of the first images"
-        progress.say(f"warning: {told}: {', '.join(changed)}")

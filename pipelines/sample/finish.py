@@ -55,7 +55,7 @@ def finish(
             )
     check_held()
     job.sweep()  # of processes, too, that outlived a killed attempt
-    drawn = sum(part.count for part in made if part.drawing)
+    drawn = sum(part.count for part in made)
     sheet = str(job.place / SHEET) if job.finished() else None
     speed = (images_per_second(made), drawing_share(made))
     return Samples(str(job.place), n, read.pixels.hexdigest(), sheet, drawn, *speed)
@@ -84,8 +84,9 @@ def _commit(
         sheet=sheet_of(read.shown),
     )
     told = {"n": n, "sha256": read.pixels.hexdigest(), "dataset_digest": digest}
+    check_held()
     (job.place / MANIFEST).write_json({**job.record(), **told})
-    _remove_others(job, parts)
+    _remove_others(job, parts, check_held)
 
 
 def _record(job: Job, part: Part) -> ShardRecord:
@@ -95,11 +96,12 @@ def _record(job: Job, part: Part) -> ShardRecord:
     return record
 
 
-def _remove_others(job: Job, parts: list[Part]) -> None:
+def _remove_others(job: Job, parts: list[Part], check_held: Callable[[], None]) -> None:
     """Delete smaller parts of chunks that are larger by now, and what was never committed: who reads all shards would
     read their images too."""
     ours = {part.stem for part in parts}
     for stem in job.stems() - ours:
+        check_held()
         job.forget(Part.of_stem(stem, job.settings.chunk))
 
 

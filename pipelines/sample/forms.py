@@ -1,5 +1,6 @@
 """A finished job's images in the forms that other tools read, beside its shards: written as a stream, or not at all."""
 
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time that a zip's entries have: the same bytes whenever they are written."""
 _WRITERS = 8
 """PNG files under way at a time, most of which are requests to a server."""
+_PICTURE = re.compile(r"\d{9,}\.png")
 _KEPT = "forms.json"
 """How many images each form that is there has."""
 
@@ -24,12 +26,26 @@ def write_form(samples: Samples, form: str) -> str:
     """Write the first n images in a form of `FORMS`; where it is. UserError for another form."""
     check_form(form)
     job = job_at(Place.of(samples.out))
-    kept = _kept(job)
-    if form in kept:
-        (job.place / _KEPT).write_json({**kept, form: None})  # until it is written
-    written = str(FORMS[form](job, samples.n))
-    (job.place / _KEPT).write_json({**kept, form: samples.n})
-    return written
+    with job.held() as check_held:
+        _note(job, form, None)  # until it is written
+        written = FORMS[form](job, samples.n)
+        check_held()
+        _note(job, form, samples.n)
+    return str(written)
+
+
+def write_images(job: Job, pictures: Mapping[int, bytes]) -> dict[int, str]:
+    """Write single images as PNG files, by index, into the folder of the PNG form; their files. Only for the holder of
+    the job's lock."""
+    folder = job.place / IMAGES
+    folder.sweep_temporaries()
+    count = _kept(job).get("png")
+    if count is not None and max(pictures) >= count:
+        _note(job, "png", None)  # it has others now
+    files = {index: folder / _name(index) for index in pictures}
+    for index, file in files.items():
+        file.write(pictures[index])
+    return {index: str(file) for index, file in files.items()}
 
 
 def other_forms(samples: Samples) -> list[str]:
@@ -40,6 +56,10 @@ def other_forms(samples: Samples) -> list[str]:
         for form, count in sorted(_kept(job_at(Place.of(samples.out))).items())
         if count != samples.n
     ]
+
+
+def _note(job: Job, form: str, count: int | None) -> None:
+    (job.place / _KEPT).write_json({**_kept(job), form: count})
 
 
 def _kept(job: Job) -> dict[str, int | None]:
@@ -57,14 +77,20 @@ def check_form(form: str) -> None:
 
 def _write_png(job: Job, n: int) -> Place:
     folder, written = job.place / IMAGES, set[str]()
+    folder.sweep_temporaries()
     with ThreadPoolExecutor(_WRITERS) as writers:
         for part in job.parts_read(n):
             pictures = job.pictures(part)[: n - part.first]
             written |= {name for name, _ in pictures}
             list(writers.map(lambda picture: (folder / picture[0]).write(picture[1]), pictures))
     for name in set(folder.list()) - written:  # of a larger n: who reads the folder is to find n images
-        (folder / name).delete()
+        if _PICTURE.fullmatch(name):
+            (folder / name).delete()
     return folder
+
+
+def _name(index: int) -> str:
+    return f"{index:09d}.png"
 
 
 def _write_npz(job: Job, n: int) -> Place:

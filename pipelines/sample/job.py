@@ -1,7 +1,8 @@
 """A sampling job's place: chunks of one identity, each with a shard, its index and a commit record.
 
-    job.json                    the identity (model, sampler, steps, seed, chunk size, threads), where the model came
-                                from, and what the first images were drawn with
+    job.json                    the identity (model, sampler, steps, seed, chunk size, threads), and where the model
+                                came from
+    environment.json            what the first images were drawn with
     samples-000000.tar          a chunk's images, KEY.png + KEY.json, and samples-000000.parquet, their index
     samples-000007-first-30.tar the last chunk, of which the first 30 images were asked for
     chunks/000000.json          a chunk's commit record, written last
@@ -15,7 +16,8 @@ on, writes the same.
 import errno
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,10 +34,10 @@ FORMAT = 5
 _STEM = r"(\d{6,}(?:-first-\d+)?)"
 _SHARD = re.compile(rf"samples-{_STEM}\.(?:tar|parquet)")
 _RECORD = re.compile(rf"{_STEM}\.json")
-JOB, MANIFEST, LOCK = "job.json", "manifest.json", ".lock"
+JOB, ENVIRONMENT, MANIFEST, LOCK = "job.json", "environment.json", "manifest.json", ".lock"
 IMAGES = "images"
 """Folder of the PNG files."""
-_OF_THE_PATH = {errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS}
+OF_THE_PATH = {errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS}
 """What the user's name for the place is to blame for."""
 SPLIT = "train"
 """Of the dataset that the shards make: images to train on, none held out."""
@@ -112,7 +114,7 @@ class Job:
                 raise UserError(f"--out {self.place}: is a file; name a folder")
             self._check_what_is_there()
         except OSError as error:
-            if error.errno not in _OF_THE_PATH:
+            if error.errno not in OF_THE_PATH:
                 raise
             raise UserError(f"--out {self.place}: {error.strerror or one_line(error)}; name another folder") from None
         check_store(self.place)
@@ -144,17 +146,28 @@ class Job:
             (self.place / JOB).write_json({**self.record(), "origin": origin})
 
     def first_environment(self, now: Mapping[str, str]) -> Mapping[str, str]:
-        """What the first images were drawn with: what is given, and kept from now on, where no image was before."""
-        there = self._there() or {}
-        if not there.get("environment"):
-            there = {**there, "environment": dict(now)}
-            (self.place / JOB).write_json(there)
-        return dict(there["environment"])
+        """What the first images are drawn with: what is given, and kept from now on, where nothing is known of it."""
+        kept = self.place / ENVIRONMENT
+        for _ in range(2):
+            if kept.claim(json.dumps(dict(now), indent=2, sort_keys=True).encode()):
+                return now
+            with suppress(ValueError, FileNotFoundError):
+                if isinstance(there := kept.read_json(), dict):
+                    return there
+            kept.delete()  # it was damaged
+        return now
 
     def sweep(self) -> None:
         """Remove what killed processes have left half-written."""
-        for folder in (self.place, self.records, self.place / IMAGES):
+        for folder in (self.place, self.records):
             folder.sweep_temporaries()
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], None]]:
+        """Hold the place while the block runs, which is given what checks that it still is held. UserError where
+        another process does."""
+        with (self.place / LOCK).lock(f"sampling into {self.place}") as check_held:
+            yield check_held
 
     @property
     def records(self) -> Place:
@@ -172,6 +185,10 @@ class Job:
             return record if found["digest"] == identity(said) and said == self._commit(part, record) else None
         except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError):
             return None
+
+    def is_served(self, part: Part) -> bool:
+        """Whether a part, or the whole chunk, is committed."""
+        return any(self.committed(one) is not None for one in {part, Part(part.chunk, part.size, part.size)})
 
     def commit(self, part: Part, record: ShardRecord) -> None:
         """Say that a part's shard and index are written."""
@@ -206,10 +223,15 @@ class Job:
 
     def reaches_beyond(self, n: int) -> bool:
         """Whether a part is committed that has images beyond the first n: of a larger job."""
-        return any(part.first + part.count > n for parts in self.parts().values() for part in parts)
+        beyond = (part for parts in self.parts().values() for part in parts if part.first + part.count > n)
+        return any(self.committed(part) is not None for part in beyond)
 
     def wanted(self, n: int) -> list[Part]:
         return list(parts_of(n, self.settings.chunk))
+
+    def chunks_of(self, n: int) -> int:
+        """Chunks that the first n images lie in."""
+        return -(-n // self.settings.chunk)
 
     def holds(self, n: int) -> bool:
         """Whether the first n images lie there, by their records and sizes: their bytes are verified when read."""

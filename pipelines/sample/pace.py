@@ -1,7 +1,7 @@
 """How fast images were drawn, and how much of the time went into drawing them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Made:
     """Seconds since the epoch."""
     drawing: float
     """Seconds of them inside the sampler."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """That its bits may depend on."""
+    changed: tuple[str, ...] = ()
+    """In words, what its bits may depend on and was another way where the first images were drawn."""
 
 
 def images_per_second(made: Sequence[Made]) -> float | None:

@@ -16,7 +16,8 @@ from pipelines.errors import UserError
 from pipelines.models import Model
 from pipelines.sample.artist import Drawer, told_of_memory
 from pipelines.sample.bulk import Studio, claimed
-from pipelines.sample.job import IMAGES, Job
+from pipelines.sample.forms import write_images
+from pipelines.sample.job import Job
 from pipelines.store import Place
 
 TRAJECTORY = "trajectory.png"
@@ -52,19 +53,21 @@ def sample_images(model: Model, settings: Settings, indices: Sequence[int], out:
             drawn |= {chunk * settings.chunk + row: image for row, image in zip(rows, pixels, strict=True)}
             studio.progress.advance(len(drawn), len(wanted), "images")
         check_held()
-        digest, files = hashlib.sha256(), {}
-        for index in wanted:
-            digest.update(drawn[index].tobytes())
-            file = out / IMAGES / f"{index:09d}.png"
-            file.write(encode_png(drawn[index]))
-            files[index] = str(file)
+        files = write_images(job, {index: encode_png(drawn[index]) for index in wanted})
+    digest = hashlib.sha256()
+    for index in wanted:
+        digest.update(drawn[index].tobytes())
     return Singles(str(out), len(wanted), digest.hexdigest(), files)
 
 
 def draw_trajectory(model: Model, settings: Settings, indices: Sequence[int], out: Place, studio: Studio) -> Place:
     """Write the picture of how the first eight, at most, of these images of a job come out of noise, in its place."""
+    job = Job(out, settings, model.identity, model.digest, model.spec.model.classes)
     shown = sorted(set(indices))[:MOST_STRIPS]
-    (out / TRAJECTORY).write(report.strips(*trace(model, settings, shown, out, studio)))
+    with claimed(job, model, studio) as check_held:
+        picture = report.strips(*trace(model, settings, shown, out, studio))
+        check_held()
+        (out / TRAJECTORY).write(picture)
     return out / TRAJECTORY
 
 

@@ -32,7 +32,7 @@ class Sample(Section):
     threads: PositiveInt = 1
     """CPUs and torch threads of each; part of the job's identity."""
     resources: dict[str, PositiveFloat] = {}
-    """Ray resources of each, beside its CPUs. With a GPU, or a share of one, it draws on that."""
+    """Ray resources of each, beside its CPUs; `memory` in bytes. With a GPU, or a share of one, it draws on that."""
 
     @field_validator("resources")
     @classmethod
@@ -41,6 +41,8 @@ class Sample(Section):
             raise ValueError("CPU is said by sample.threads")
         if resources.get("GPU", 1) > 1:
             raise ValueError("a process draws on one GPU; more of them are used by more sample.workers")
+        if taken := resources.keys() & {"object_store_memory", "bundle"}:
+            raise ValueError(f"{', '.join(sorted(taken))}: Ray keeps that for itself")
         return resources
 
 

@@ -86,8 +86,7 @@ def test_twenty_kills_change_no_byte(
             committed = job.committed()
             kill(name, job, moments)
             tell(f"  kill {number + 1}: {name} after {committed} of {-(-N // CHUNK)} chunks")
-        result = job.finish().result
-        assert result["n"] == N
+        job.finish()
         assert_same_files(job, undisturbed)
 
 
@@ -107,7 +106,7 @@ def test_pools_that_grow_and_shrink_with_the_cluster_change_no_byte(
         for host in more[:2]:
             a_while(moments, 1.0)
             cluster.lose(host)
-        assert job.finish().result["n"] == N
+        job.finish()
         assert_same_files(job, undisturbed)
 
 
@@ -164,6 +163,11 @@ def far(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
             job.put_away()
 
 
+def read_all(place: Place) -> dict[str, bytes]:
+    """Every file, but for the lock."""
+    return {name: (place / name).read() for name in place.find("")}
+
+
 @pytest.mark.faults
 def test_a_storage_that_fails_now_and_then_changes_no_byte(
     far: tuple[Verb, Place, FaultyProxy], undisturbed: dict[str, bytes], moments: random.Random
@@ -174,9 +178,10 @@ def test_a_storage_that_fails_now_and_then_changes_no_byte(
         with proxy.lock:
             proxy.faults += [moments.choice(("500", "503", "cut", "short", "lost")), *[None] * 20]
         time.sleep(0.2)
-    assert job.finish().result["n"] == N
+    job.finish()
+    assert proxy.met > 20
     proxy.calm()
-    assert {name: (out / name).read() for name in undisturbed} == undisturbed
+    assert read_all(out) == undisturbed
     assert not verify(out).findings
 
 
@@ -196,7 +201,7 @@ def test_a_storage_that_is_gone_ends_it_with_a_line_and_the_same_command_goes_on
     time.sleep(LEASE_SECONDS)
     job.start()
     assert job.finish().result["made"] <= N - (kept - 1) * CHUNK
-    assert {name: (out / name).read() for name in undisturbed} == undisturbed
+    assert read_all(out) == undisturbed
 
 
 @pytest.mark.faults

@@ -36,6 +36,14 @@ def studio(cluster: Cluster, workers: int = 2, progress: Progress | None = None)
     return Studio(cluster, workers, {}, progress or Progress())
 
 
+class Said(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 def changed(**fields: Any) -> Settings:
     return Settings(**{**SETTINGS.__dict__, **fields})
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from pipelines.data.reader import Reader
 from pipelines.data.verify import verify
 from pipelines.errors import Failed, UserError
 from pipelines.models import Model
-from pipelines.sample import Samples, bulk, read_samples
+from pipelines.sample import Samples, bulk, read_samples, sample_job
+from pipelines.sample.artist import Artist, commit
 from pipelines.sample.bulk import claimed
 from pipelines.sample.job import Job, Part
 from pipelines.store import Place
-from tests.sample.conftest import SETTINGS, NoCluster, copied, draw, files_of, studio, untrained
+from tests.sample.conftest import SETTINGS, NoCluster, Said, copied, draw, files_of, studio, untrained
 
 
 def test_images_are_those_of_the_core_by_their_seeds(model: Model, forty: Samples) -> None:
@@ -124,6 +126,67 @@ def test_a_smaller_n_is_served_without_a_cluster_and_changes_nothing(model: Mode
     assert (fewer.n, fewer.made) == (20, 0)
     assert fewer.sha256 == hashlib.sha256(first.tobytes()).hexdigest()
     assert files_of(forty.out) == before
+
+
+def test_a_smaller_n_makes_what_is_damaged_of_a_larger_job_as_large_as_it_was(
+    model: Model, forty: Samples, cluster: Cluster, tmp_path: Path
+) -> None:
+    out, said = copied(forty, tmp_path), Said()
+    (out / "samples-000001.tar").write_bytes(b"")
+    (out / "chunks" / "000000.json").unlink()  # as if killed when it was to be made again
+    place = Place.of(out)
+    assert sample_job(model, SETTINGS, 20, place, studio(cluster, 1, said)).n == 20
+    assert said.lines == [f"{place}: 1 damaged chunk made again"]
+    assert files_of(out) == files_of(forty.out)
+
+
+def test_of_a_larger_job_that_is_not_done_the_damaged_chunk_is_made_whole(
+    model: Model, forty: Samples, cluster: Cluster, tmp_path: Path
+) -> None:
+    out = copied(forty, tmp_path)
+    (out / "manifest.json").unlink()
+    whole = (out / "samples-000001.tar").read_bytes()
+    (out / "samples-000001.tar").write_bytes(whole[:700])
+    assert draw(model, 20, out, cluster).sha256 == draw(model, 20, Path(forty.out), NoCluster()).sha256
+    assert (out / "samples-000001.tar").read_bytes() == whole
+
+
+def test_who_draws_where_bits_may_differ_is_told_of(
+    model: Model, forty: Samples, cluster: Cluster, tmp_path: Path
+) -> None:
+    out, said = copied(forty, tmp_path), Said()
+    first = json.loads((out / "environment.json").read_text())
+    assert first["device"] == "cpu"
+    (out / "environment.json").write_text(json.dumps({**first, "torch": "1.0"}))
+    (out / "chunks" / "000001.json").unlink()
+    sample_job(model, SETTINGS, 40, Place.of(out), studio(cluster, 1, said))
+    (line,) = said.lines
+    assert "may differ from those of the first images: torch 1.0 is" in line
+
+
+def test_a_host_that_cannot_write_there_is_named(model: Model, cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    shared = (cluster.connect().put(model),)
+    with pytest.raises(Failed, match=f"cannot be written to on {gethostname()} .*share"):
+        Artist(job_of(model, tmp_path / "file" / "out")).do(shared, Part(0, 16, 16))
+
+
+def test_what_another_has_committed_is_not_written_over(
+    model: Model, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was while this one drew, and of more images."""
+    job, shared = job_of(model, tmp_path / "out"), (cluster.connect().put(model),)
+
+    def drawn(self: Artist, shared: Any, chunk: int) -> Any:
+        pixels = np.full((16, 8, 8, 1), 7, dtype=np.uint8)
+        commit(job, Part(0, 16, 16), pixels)
+        return pixels + 1
+
+    monkeypatch.setattr(Artist, "drawn", drawn)
+    Artist(job).do(shared, Part(0, 16, 16))
+    Artist(job).do(shared, Part(0, 3, 16))
+    assert (job.pixels(Part(0, 16, 16)) == 7).all()
+    assert job.stems() == {"000000"}
 
 
 def test_fewer_of_what_a_larger_job_has_left_unfinished_are_served_and_it_goes_on(

@@ -16,6 +16,7 @@ from pipelines.data.sources import open_source
 from pipelines.errors import UserError
 from pipelines.models import Model
 from pipelines.sample import Samples, draw_trajectory, other_forms, read_samples, sample_images, write_form
+from pipelines.sample.job import job_at
 from pipelines.sample.singles import trace
 from pipelines.store import Place
 from tests.sample.conftest import SETTINGS, changed, copied, draw, moved, studio, untrained
@@ -51,6 +52,33 @@ def test_forms_of_another_number_of_images_are_told_of(forty: Samples, tmp_path:
     write_form(fewer, "png")
     (line,) = other_forms(fewer)
     assert "`--format parquet` has written there has 40 and not 20 images" in line
+
+
+def test_single_images_beside_those_of_a_form_are_told_of_and_files_of_others_stay(
+    model: Model, forty: Samples, cluster: Cluster, tmp_path: Path
+) -> None:
+    samples = moved(forty, tmp_path)
+    fewer = replace(samples, n=20)
+    folder = Path(write_form(fewer, "png"))
+    (folder / "notes.txt").write_text("mine")
+    for index, told in ((17, 0), (33, 1)):
+        sample_images(model, SETTINGS, [index], Place.of(samples.out), studio(cluster, 1))
+        assert len(other_forms(fewer)) == told
+    write_form(fewer, "png")
+    assert other_forms(fewer) == []
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", *(f"{i:09d}.png" for i in range(20))}
+
+
+def test_forms_and_pictures_are_written_by_who_holds_the_job(
+    model: Model, forty: Samples, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Another command deletes what it takes for left half-written."""
+    samples = moved(forty, tmp_path)
+    with job_at(Place.of(samples.out)).held():
+        with pytest.raises(UserError, match="sampling into"):
+            write_form(samples, "parquet")
+        with pytest.raises(UserError, match="sampling into"):
+            draw_trajectory(model, SETTINGS, [17], Place.of(samples.out), studio(cluster))
 
 
 def test_npz_has_three_channels_and_classes_as_the_evaluator_of_guided_diffusion_reads_it(
