@@ -123,7 +123,7 @@ class LiveView(_View):
         rate = self._pace.rate(done, unit) if rate is None else rate
         parts = [f"{done:,}/{total:,} {unit}"]
         if rate:
-            parts.append(f"{rate:,.0f} {unit}/s")
+            parts.append(f"{_figures(rate)} {unit}/s")
         parts += [f"{name} {plain(value)}" for name, value in figures.items()]
         self._bar.update(self._task, completed=done, total=total, figures="  ".join(parts))
 
@@ -159,7 +159,7 @@ class LogLines(_View):
             return
         self._said = now
         rate = measured if rate is None else rate
-        speed = f", {rate:,.0f} {unit}/s, {(total - done) / rate:.0f} s left" if rate else ""
+        speed = f", {_figures(rate)} {unit}/s, {(total - done) / rate:.0f} s left" if rate else ""
         more = "".join(f", {name} {plain(value)}" for name, value in figures.items())
         self.say(f"{self._step}: {done:,}/{total:,} {unit}{speed}{more}")
 
@@ -169,3 +169,8 @@ class LogLines(_View):
 
     def say(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def _figures(rate: float) -> str:
+    """Two figures at least: what makes a step in three seconds does not stand still."""
+    return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"

@@ -27,10 +27,11 @@ def test_a_rate_is_that_of_what_is_counted_now(
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with LogLines() as log:
         log.start("sample")
-        for done, unit in ((100, "images looked for"), (1000, "images looked for"), (100, "images"), (120, "images")):
+        for done, unit in ((100, "images looked for"), (1000, "images looked for"), (100, "images"), (120, "images"), (121, "images")):
             now[0] += 20
             log.advance(done, 1000, unit)
     said = capsys.readouterr().err.splitlines()
     assert "1,000/1,000 images looked for, 45 images looked for/s, 0 s left" in said[2]
     assert said[3].endswith("100/1,000 images")
     assert said[4].endswith("120/1,000 images, 1 images/s, 880 s left")
+    assert said[5].endswith("121/1,000 images, 0.53 images/s, 1674 s left")
