@@ -38,11 +38,11 @@ class Sample(Section):
     @classmethod
     def _check_resources(cls, resources: dict[str, float]) -> dict[str, float]:
         if "CPU" in resources:
-            raise ValueError("CPU is said by sample.threads")
+            raise ValueError("sample.resources: CPU is said by sample.threads")
         if resources.get("GPU", 1) > 1:
-            raise ValueError("a process draws on one GPU; more of them are used by more sample.workers")
+            raise ValueError("sample.resources: a process draws on one GPU; more sample.workers use more of them")
         if taken := resources.keys() & {"object_store_memory", "bundle"}:
-            raise ValueError(f"{', '.join(sorted(taken))}: Ray keeps that for itself")
+            raise ValueError(f"sample.resources: {', '.join(sorted(taken))} is Ray's own")
         return resources
 
 

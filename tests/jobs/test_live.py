@@ -27,7 +27,13 @@ def test_a_rate_is_that_of_what_is_counted_now(
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with LogLines() as log:
         log.start("sample")
-        for done, unit in ((100, "images looked for"), (1000, "images looked for"), (100, "images"), (120, "images"), (121, "images")):
+        for done, unit in (
+            (100, "images looked for"),
+            (1000, "images looked for"),
+            (100, "images"),
+            (120, "images"),
+            (121, "images"),
+        ):
             now[0] += 20
             log.advance(done, 1000, unit)
     said = capsys.readouterr().err.splitlines()

@@ -73,8 +73,12 @@ def test_a_job_its_forms_one_of_its_images_and_its_scores(
         (["sample", "MODEL", "--out", "out", "--images", "-1"], "--images -1"),
         (["sample", "MODEL", "--out", "out", "--set", "sample.n=3"], "sample.n is said by --n"),
         (["sample", "MODEL", "--out", "out", "--set", "sample={seed: 3}"], "sample.seed is said by --seed"),
-        (["sample", "MODEL", "--out", "out", "--set", "sample.resources={CPU: 1}"], "CPU is said by sample.threads"),
+        (
+            ["sample", "MODEL", "--out", "out", "--set", "sample.resources={CPU: 1}"],
+            "resources: CPU is said by sample.threads",
+        ),
         (["sample", "MODEL", "--out", "out", "--set", "sample.resources={GPU: 2}"], "a process draws on one GPU"),
+        (["sample", "MODEL", "--out", "out", "--set", "sample.resources={bundle: 1}"], "bundle is Ray's own"),
         (["sample", "nobody@champion", "--out", "out"], "no tracking database"),
         (["evaluate", "MODEL", "--against", "SMALL"], "images of 16 pixels"),
         (["evaluate", "MODEL", "--against", "nowhere"], "nowhere"),
