@@ -32,7 +32,7 @@ def untrained(**overrides: Any) -> Model:
     return Model(spec, safetensors.torch.save(weights), "no-data", "test", "none")
 
 
-def studio(cluster: Cluster, workers: int = 2, progress: Progress | None = None) -> Studio:
+def studio(cluster: Cluster, workers: int = 1, progress: Progress | None = None) -> Studio:
     return Studio(cluster, workers, {}, progress or Progress())
 
 
@@ -48,7 +48,7 @@ def changed(**fields: Any) -> Settings:
     return Settings(**{**SETTINGS.__dict__, **fields})
 
 
-def draw(model: Model, n: int, out: Path, cluster: Cluster, workers: int = 2, **settings: Any) -> Samples:
+def draw(model: Model, n: int, out: Path, cluster: Cluster, workers: int = 1, **settings: Any) -> Samples:
     return sample_job(model, changed(**settings), n, Place.of(out), studio(cluster, workers))
 
 
@@ -60,7 +60,7 @@ def model() -> Model:
 @pytest.fixture(scope="session")
 def forty(model: Model, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Samples:
     """Not to be written into: `copied` gives one that may."""
-    return draw(model, 40, tmp_path_factory.mktemp("samples") / "forty", cluster)
+    return draw(model, 40, tmp_path_factory.mktemp("samples") / "forty", cluster, workers=2)
 
 
 def copied(samples: Samples, folder: Path) -> Path:

@@ -47,14 +47,14 @@ def test_one_actor_and_growing_n_leave_the_same_files(
     model: Model, forty: Samples, cluster: Cluster, tmp_path: Path
 ) -> None:
     for n in (10, 35):
-        draw(model, n, tmp_path / "out", cluster, workers=1)
+        draw(model, n, tmp_path / "out", cluster)
         assert not verify(Place.of(tmp_path / "out")).findings
     assert {name for name in files_of(tmp_path / "out") if "first" in name} == {
         "chunks/000002-first-3.json",
         "samples-000002-first-3.parquet",
         "samples-000002-first-3.tar",
     }
-    grown = draw(model, 40, tmp_path / "out", cluster, workers=1)
+    grown = draw(model, 40, tmp_path / "out", cluster)
     assert grown.sha256 == forty.sha256
     assert files_of(tmp_path / "out") == files_of(forty.out)
 

@@ -4,6 +4,7 @@ import io
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,11 +16,22 @@ from pipelines.data.shards import members
 from pipelines.data.sources import open_source
 from pipelines.errors import UserError
 from pipelines.models import Model
-from pipelines.sample import Samples, draw_trajectory, other_forms, read_samples, sample_images, write_form
+from pipelines.progress import Progress
+from pipelines.sample import (
+    Samples,
+    Studio,
+    draw_trajectory,
+    other_forms,
+    read_samples,
+    sample_images,
+    sample_job,
+    write_form,
+)
 from pipelines.sample.job import job_at
 from pipelines.sample.singles import trace
 from pipelines.store import Place
-from tests.sample.conftest import SETTINGS, changed, copied, draw, moved, studio, untrained
+from tests.s3_faults import FaultyProxy
+from tests.sample.conftest import SETTINGS, NoCluster, changed, copied, draw, files_of, moved, studio, untrained
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +74,7 @@ def test_single_images_beside_those_of_a_form_are_told_of_and_files_of_others_st
     folder = Path(write_form(fewer, "png"))
     (folder / "notes.txt").write_text("mine")
     for index, told in ((17, 0), (33, 1)):
-        sample_images(model, SETTINGS, [index], Place.of(samples.out), studio(cluster, 1))
+        sample_images(model, SETTINGS, [index], Place.of(samples.out), studio(cluster))
         assert len(other_forms(fewer)) == told
     write_form(fewer, "png")
     assert other_forms(fewer) == []
@@ -79,6 +91,20 @@ def test_forms_and_pictures_are_written_by_who_holds_the_job(
             write_form(samples, "parquet")
         with pytest.raises(UserError, match="sampling into"):
             draw_trajectory(model, SETTINGS, [17], Place.of(samples.out), studio(cluster))
+
+
+def test_on_s3_forms_have_the_same_bytes(
+    model: Model, forty: Samples, proxy: FaultyProxy, stock: Any, tmp_path: Path
+) -> None:
+    there, here = Place.of("s3://bucket/out"), moved(forty, tmp_path)
+    for name, data in files_of(forty.out).items():
+        stock.put_object(Bucket="bucket", Key=f"out/{name}", Body=data)
+    served = sample_job(model, SETTINGS, 20, there, Studio(NoCluster(), 1, {}, Progress()))
+    fewer = replace(here, n=20)
+    for form in ("png", "npz", "parquet"):
+        write_form(served, form)
+        write_form(fewer, form)
+    assert {name: (there / name).read() for name in there.find("")} == files_of(here.out)
 
 
 def test_npz_has_three_channels_and_classes_as_the_evaluator_of_guided_diffusion_reads_it(
