@@ -50,6 +50,7 @@ def evaluate(
     from pipelines.evaluate.study import parse_grid, study
     from pipelines.models import find_model
     from pipelines.store import Place
+    from pipelines.unused import warn_unused_by_study
 
     if words.args and grid is None:
         raise UserError(f"{words.args[0]}: one MODEL or SAMPLES is evaluated; `ddpm compare` takes two")
@@ -62,6 +63,7 @@ def evaluate(
         elif find_samples(subject) is not None:
             raise UserError(f"{subject}: these are images; a study draws from a MODEL")
         else:
+            warn_unused_by_study(set_anew, ways[0])
 
             def model_of(chosen: Sequence[str]) -> Any:
                 return find_model(subject, session.store, session.tracker, [*set_anew, *chosen], verb="evaluate")
@@ -91,8 +93,8 @@ def compare(
     from jobs.live import kept_where_interrupted
     from jobs.score_tables import show_comparison
     from pipelines.data.manifest import Dataset
+    from pipelines.evaluate.compare import caveats, keep_pictures
     from pipelines.evaluate.compare import compare as compare_evaluations
-    from pipelines.evaluate.compare import keep_pictures
     from pipelines.store import Place
 
     with session_of(None, storage, tracking_uri, address=ray) as session, kept_where_interrupted(session.progress):
@@ -102,14 +104,18 @@ def compare(
             dataset = Dataset.open(Place.of(against))
         both = [_evaluation(subject, dataset, overrides or (), session) for subject in (first, second)]
         compared = compare_evaluations(*both)
-        picture = keep_pictures(both, session.store)
-    told = {"scores": [one.to_json() for one in compared], "first": first, "second": second, "picture": str(picture)}
-    print_result(as_json, told, lambda: show_comparison(compared, str(picture)))
+        kept = keep_pictures(both, session.store)
+        for line in caveats(both):
+            session.progress.say(f"warning: {line}")
+    picture = None if kept is None else str(kept)
+    told = {"scores": [one.to_json() for one in compared], "first": first, "second": second, "picture": picture}
+    print_result(as_json, told, lambda: show_comparison(compared, picture))
 
 
 def _trained_on(subjects: Sequence[str], overrides: Sequence[str], session: Any) -> Any:
     """The data of the first that is a model."""
-    from pipelines.evaluate.job import find_samples, trained_on
+    from pipelines.evaluate.job import find_samples
+    from pipelines.evaluate.overlap import trained_on
     from pipelines.models import find_model
 
     for subject in subjects:
@@ -141,18 +147,22 @@ def _question(overrides: Sequence[str]) -> Any:
     """What is asked of images: the fields of `evaluate` that are said."""
     import pydantic
 
-    from pipelines.evaluate.job import Question
+    from pipelines.evaluate.answers import Question
     from pipelines.fields import apply_overrides
     from pipelines.mistakes import explain
     from pipelines.sections import Evaluate
+    from pipelines.unused import OF_A_MODEL, warn_unused_by_images
 
     for override in overrides:
         if not override.startswith("evaluate."):
             raise UserError(f"--set {override}: of images that are there, only fields of evaluate can be set")
-        if override.partition("=")[0] in ("evaluate.exact", "evaluate.samples"):
+        if override.partition("=")[0] == "evaluate.samples":
             raise UserError(f"--set {override}: it is for a MODEL; images that are there are all scored")
     try:
         fields = apply_overrides({}, overrides)
-        return Question(Evaluate.model_validate(fields.get("evaluate", {})), seed=0)
+        asked = Evaluate.model_validate(fields.get("evaluate", {}))
+        warn_unused_by_images(overrides, asked)
+        # Fields of a model leave no trace in the question: with them or without it is the same one.
+        return Question(Evaluate.model_validate(asked.model_dump(exclude=set(OF_A_MODEL))), seed=0)
     except pydantic.ValidationError as error:
         raise UserError(f"evaluate: {explain(error, Evaluate)}") from None

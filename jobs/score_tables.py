@@ -32,12 +32,16 @@ def show_scores(scores: Sequence[Mapping[str, Any]], evidence: Mapping[str, floa
         found.add_row("frechet of noise", f"{noise_value:.4g}", "", "", f"{noise:.0f} floors; uniform noise")
     if (accuracy := evidence.get("feature_accuracy")) is not None:
         found.add_row("features", f"{accuracy:.4g}", "", "", "accuracy of their network on the held-out images")
+    if (accuracy := evidence.get("feature_turns_accuracy")) is not None:
+        found.add_row("features", f"{accuracy:.4g}", "", "", "of turned held-out images, those whose turn is told")
+    if seen := evidence.get("held_out_seen"):
+        found.add_row("held-out images seen", f"{seen:,.0f}", "", "", "in training by the model")
     console().print(found)
     if pairs:
         console().print(f"nearest to training images   {pairs}")
 
 
-def show_comparison(compared: Sequence[Comparison], picture: str) -> None:
+def show_comparison(compared: Sequence[Comparison], picture: str | None) -> None:
     """Which of two is better, by each score."""
     found = table_of(("score", "left"), ("first", "right"), ("second", "right"), ("better", "left"))
     for one in compared:
@@ -47,7 +51,8 @@ def show_comparison(compared: Sequence[Comparison], picture: str) -> None:
             verdict = f"not comparable: {fields}"
         found.add_row(one.name, f"{one.first:.4g}", f"{one.second:.4g}", verdict)
     console().print(found)
-    console().print(f"images of both, the first above   {picture}")
+    if picture is not None:
+        console().print(f"images of both, the first above   {picture}")
 
 
 def show_study(study: Study) -> None:

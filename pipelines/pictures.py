@@ -10,7 +10,7 @@ from pipelines.data.manifest import Dataset
 from pipelines.data.pixels import to_model, to_pixels
 from pipelines.data.reader import Reader
 from pipelines.drawing import Settings, draw
-from pipelines.evaluate.job import PAIRS
+from pipelines.evaluate.answers import PAIRS
 from pipelines.models import Model
 from pipelines.sample import Samples, read_samples
 from pipelines.spec import Spec

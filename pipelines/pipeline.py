@@ -199,7 +199,8 @@ def _starting(spec: Spec) -> str:
 
 def evaluate_step(spec: Spec, dataset: Dataset, model: Model, session: Session) -> Step:
     """The model meets images that it has not seen."""
-    from pipelines.evaluate.job import Question, evaluate
+    from pipelines.evaluate.answers import Question
+    from pipelines.evaluate.job import evaluate
 
     def work() -> dict[str, Any]:
         evaluation = evaluate(model, dataset, spec, session)

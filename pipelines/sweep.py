@@ -19,7 +19,7 @@ from ddpm_core import noise
 from pipelines.data.manifest import Dataset
 from pipelines.errors import Failed, UserError, one_line
 from pipelines.evaluate.extractors import feature_net
-from pipelines.evaluate.job import MEASURE
+from pipelines.evaluate.measure import MEASURE
 from pipelines.fields import set_field
 from pipelines.progress import counted
 from pipelines.session import Session

@@ -43,6 +43,35 @@ def warn_unused(overrides: Sequence[str], used: Sequence[str], verb: str) -> Non
             warnings.warn(f"--set {override}: has no effect on {verb}", stacklevel=3)
 
 
+OF_BITS = ("bits_images", "bits_timesteps", "exact")
+"""Fields of `evaluate` that only bits/dim depend on."""
+OF_A_MODEL = ("keep_samples", *OF_BITS)
+"""Fields of `evaluate` that images which are there do not depend on."""
+
+
+def warn_unused_by_study(overrides: Sequence[str], varied: Collection[str]) -> None:
+    """A warning for each override of a model's spec that a study does not depend on, which varies these fields of
+    `sample`."""
+    _warn_of_fields(overrides, [f"evaluate.{name}" for name in OF_BITS], "--grid, which takes no bits/dim")
+    _warn_of_fields(overrides, [f"sample.{name}" for name in varied], "--grid, which varies it")
+
+
+def warn_unused_by_images(overrides: Sequence[str], evaluate: Evaluate) -> None:
+    """A warning for each override that is for a model, where images are scored, and for what else has no effect."""
+    _warn_of_fields(overrides, [f"evaluate.{name}" for name in OF_A_MODEL], "images that are there")
+    for line in _of_evaluation(evaluate):
+        if not line.startswith(tuple(f"evaluate.{name}:" for name in OF_A_MODEL)):
+            warnings.warn(line, stacklevel=3)
+
+
+def _warn_of_fields(overrides: Sequence[str], fields: Sequence[str], what: str) -> None:
+    for override in overrides:
+        name, _, text = override.partition("=")
+        if name in fields:
+            told = "--exact" if (name, text) == ("evaluate.exact", "true") else f"--set {override}"
+            warnings.warn(f"{told}: has no effect on {what}", stacklevel=4)
+
+
 def _of_model(model: Model) -> list[str]:
     lines = []
     if model.head_channels is not None and not model.attention and not model.mid_attention:

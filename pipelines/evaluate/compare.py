@@ -1,4 +1,4 @@
-"""Two evaluations side by side: what may be compared, what cannot be told apart, and pictures from the same seeds."""
+"""Two evaluations side by side: what may be compared, what cannot be told apart, and pictures of both."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,10 +7,10 @@ from typing import Any, Literal
 import numpy as np
 
 from pipelines import report
-from pipelines.data.manifest import Dataset
+from pipelines.data.manifest import CARD, Dataset
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
-from pipelines.evaluate.job import Evaluation
+from pipelines.evaluate.answers import Evaluation
 from pipelines.evaluate.scores import MORE_IS_BETTER, Score, comparable
 from pipelines.store import Place, identity
 
@@ -59,14 +59,39 @@ def _compare(a: Score, b: Score) -> Comparison:
     return Comparison(a.name, a.value, b.value, verdict, differs)
 
 
-def keep_pictures(both: Sequence[Evaluation], store: Place) -> Place:
-    """Write the picture of two evaluations' images into the store. UserError where one's were not kept."""
-    if not all(one.images for one in both):
-        raise UserError("evaluate.keep_samples: the images of one of these were not kept, and cannot be shown")
+def caveats(both: Sequence[Evaluation]) -> list[str]:
+    """What is to be known of a comparison beside its table."""
+    lines = []
+    if not all(_has_images(one) for one in both):
+        lines.append(
+            "there is no picture of both: the images of one were not kept (evaluate.keep_samples), or are not there as "
+            "a dataset"
+        )
+    seeds = [_seed(one) for one in both]
+    if seeds[0] != seeds[1] or None in seeds:
+        said = " and ".join("not recorded" if seed is None else str(seed) for seed in seeds)
+        lines.append(f"they were not drawn from the same seeds ({said}): image by image they have nothing in common")
+    return lines
+
+
+def keep_pictures(both: Sequence[Evaluation], store: Place) -> Place | None:
+    """Write the picture of two evaluations' images into the store; None where one's are not there."""
+    if not all(_has_images(one) for one in both):
+        return None
     places = [Place.of(one.images) for one in both]
     picture = store / "comparisons" / f"{identity([one.images for one in both])[:16]}.png"
     picture.write(side_by_side(places))
     return picture
+
+
+def _has_images(evaluation: Evaluation) -> bool:
+    return bool(evaluation.images) and (Place.of(evaluation.images) / CARD).exists()
+
+
+def _seed(evaluation: Evaluation) -> int | None:
+    """That the images were drawn from; None where it is not known, or they were not drawn."""
+    known = (score.provenance.get("sample_seed") for score in evaluation.scores)
+    return next((seed for seed in known if seed is not None), None)
 
 
 def side_by_side(places: Sequence[Place]) -> bytes:

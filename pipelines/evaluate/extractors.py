@@ -6,6 +6,7 @@ from pipelines.data.manifest import Dataset
 from pipelines.data.reader import Reader
 from pipelines.evaluate.features import FORMAT, FeatureNet, train_feature_net
 from pipelines.evaluate.inception import Inception
+from pipelines.evaluate.kept import kept
 from pipelines.evaluate.sets import Extractor
 from pipelines.sections import Evaluate
 from pipelines.session import Session
@@ -24,23 +25,25 @@ def extractor(dataset: Dataset, evaluate: Evaluate, session: Session) -> Extract
 
 def feature_net(dataset: Dataset, evaluate: Evaluate, session: Session) -> FeatureNet:
     """The feature network of a dataset, trained once by a task and kept in the store."""
-    place = feature_place(dataset, evaluate, session.store)
-    if not place.exists():
+
+    def train() -> FeatureNet:
         ray = session.cluster.connect()
         task = ray.remote(num_cpus=1)(_train)
-        place.write(ray.get(task.remote(str(dataset.place), evaluate)))
-    return FeatureNet.load(place.read())
+        return FeatureNet.load(ray.get(task.remote(str(dataset.place), evaluate)))
+
+    return kept(feature_place(dataset, evaluate, session.store), train, FeatureNet.save, FeatureNet.load)
 
 
 def kept_net(dataset: Dataset, evaluate: Evaluate, store: Place) -> FeatureNet:
-    """The same where it was trained before, for who cannot train it."""
-    return FeatureNet.load(feature_place(dataset, evaluate, store).read())
+    """The same where it was trained before; else it is trained here."""
+    place = feature_place(dataset, evaluate, store)
+    return kept(place, lambda: FeatureNet.load(_train(str(dataset.place), evaluate)), FeatureNet.save, FeatureNet.load)
 
 
 def feature_place(dataset: Dataset, evaluate: Evaluate, store: Place) -> Place:
     """Where the feature network of a dataset is kept."""
     fields: dict[str, Any] = {"width": evaluate.feature_width, "epochs": evaluate.feature_epochs, "format": FORMAT}
-    return store / "features" / f"{identity({'dataset': dataset.digest, **fields})[:16]}.safetensors"
+    return store / "features" / f"{identity({'dataset': dataset.digest, **fields})[:16]}.net"
 
 
 def _train(dataset: str, evaluate: Evaluate) -> bytes:

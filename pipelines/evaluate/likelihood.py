@@ -1,5 +1,6 @@
 """Bits/dim of a model on a dataset's held-out images, worked out by Ray tasks or in this process."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ from pipelines.data.reader import Reader
 from pipelines.evaluate.bits import bits_score, estimate_bits, exact_bits
 from pipelines.evaluate.chance import choose_images
 from pipelines.evaluate.features import Pixels
+from pipelines.evaluate.kept import found, kept_arrays, load_arrays
+from pipelines.evaluate.measure import MEASURE
 from pipelines.evaluate.scores import Score
 from pipelines.evaluate.sets import HELD_OUT
 from pipelines.models import Model
 from pipelines.sections import Evaluate
 from pipelines.session import Session
 from pipelines.spec import Spec
+from pipelines.store import Place, identity, sha256
 
 _BATCH = 64
 
@@ -24,22 +28,30 @@ Part = tuple[Pixels, np.ndarray]
 
 
 class LikelihoodTasks:
-    """Tasks that are under way; other work may go on beside them."""
+    """Tasks that are under way; other work may go on beside them. Each keeps what it came to, and what was kept before
+    has none."""
 
     def __init__(self, model: Model, dataset: Dataset, spec: Spec, session: Session) -> None:
         self._model, self._dataset, self._spec = model, dataset, spec
-        ray = self._ray = session.cluster.connect()
-        session.cluster.check_cpus("sample.threads", spec.sample.threads)
         self._parts = _parts(dataset, spec)
-        task = ray.remote(num_cpus=spec.sample.threads)(_bits_of)
-        shared = ray.put(model)
-        self._tasks = [
-            task.remote(shared, *part, spec.evaluate, spec.seed, spec.sample.threads) for part in self._parts
+        places = [session.store / "bits" / f"{_key(model, part, spec)[:16]}.npz" for part in self._parts]
+        self._there = [found(place, load_arrays) for place in places]
+        self._cluster, self._tasks = session.cluster, list[Any]()
+        lacking = [
+            (place, part) for place, part, there in zip(places, self._parts, self._there, strict=True) if there is None
         ]
+        if not lacking:
+            return
+        ray, threads = session.cluster.connect(), spec.sample.threads
+        session.cluster.check_cpus("sample.threads", threads)
+        task = ray.remote(num_cpus=threads)(_kept_bits_of)
+        shared = ray.put(model)
+        self._tasks = [task.remote(place, shared, *part, spec.evaluate, spec.seed, threads) for place, part in lacking]
 
-    def score(self) -> Score:
-        """Wait for them."""
-        estimates = np.concatenate(self._ray.get(self._tasks))
+    def score(self, known: Mapping[str, Any]) -> Score:
+        """Wait for them. `known`: what else the provenance is to say."""
+        made_now = iter(self._cluster.connect().get(self._tasks) if self._tasks else ())
+        estimates = np.concatenate([next(made_now) if there is None else there["bits"] for there in self._there])
         images = np.concatenate([images for images, _ in self._parts])
         evaluate = self._spec.evaluate
         made: dict[str, Any] = (
@@ -56,8 +68,10 @@ class LikelihoodTasks:
             "ema": self._model.average,
             "given": "nothing" if self._model.spec.model.classes is None else "class",
             "levels": 256,
+            "threads": self._spec.sample.threads,
+            "device": "cpu",
         }
-        return bits_score(estimates, images, seed=self._spec.seed, provenance={**provenance, **made})
+        return bits_score(estimates, images, seed=self._spec.seed, provenance={**provenance, **known, **made})
 
 
 def held_out_bits(model: Model, dataset: Dataset, spec: Spec) -> float:
@@ -74,6 +88,26 @@ def _parts(dataset: Dataset, spec: Spec) -> list[Part]:
     shards = np.searchsorted(ends, chosen, side="right") - 1
     images, labels = Reader(split).read(shards, chosen - ends[shards])
     return [(images[i : i + _BATCH], labels[i : i + _BATCH]) for i in range(0, len(chosen), _BATCH)]
+
+
+def _key(model: Model, part: Part, spec: Spec) -> str:
+    """Of all that the bits of a part depend on."""
+    images, labels = part
+    known = {
+        "model": model.identity,
+        "images": sha256(images.tobytes()),
+        "labels": sha256(labels.tobytes()),
+        "timesteps": None if spec.evaluate.exact else spec.evaluate.bits_timesteps,
+        "seed": spec.seed,
+        "threads": spec.sample.threads,
+        "measure": MEASURE,
+    }
+    return identity(known)
+
+
+def _kept_bits_of(place: Place, *question: Any) -> np.ndarray:
+    """A part's bits, worked out unless they were before."""
+    return kept_arrays(place, lambda: {"bits": _bits_of(*question)})["bits"]
 
 
 def _bits_of(

@@ -5,12 +5,8 @@ was killed goes on, and only new images are looked at.
 """
 
 import functools
-import io
-import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +16,16 @@ from pipelines.data.manifest import Dataset
 from pipelines.data.work import over_chunks
 from pipelines.evaluate.features import FeatureNet, Pixels, torch_threads
 from pipelines.evaluate.frechet import Features
+from pipelines.evaluate.kept import kept_arrays
 from pipelines.evaluate.memory import Nearest, nearest
 from pipelines.evaluate.sets import Extractor
-from pipelines.evaluate.units import Labels, ShardUnit, read_all, units_of
-from pipelines.store import Place
+from pipelines.evaluate.units import Labels, Unit, read_all, units_of
+from pipelines.store import Place, identity
 
 CLOSEST = 16
 """Images of those that lie nearest to training images that are kept, for a picture."""
+_FORMAT = 2
+"""Of what is kept of a look."""
 _IN_MEMORY = 2**29
 """Bytes of training images that a process keeps; more are read again for each look."""
 
@@ -47,17 +46,6 @@ class Look:
     closest: NDArray[np.int64]
     pixels: Pixels
     """Which of them lie nearest to training images, the nearest first, and their pixels."""
-
-    def save(self) -> bytes:
-        file = io.BytesIO()
-        np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
-        return file.getvalue()
-
-    @staticmethod
-    def load(data: bytes) -> "Look":
-        """The inverse of `save`. What numpy and zip raise for anything else."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return Look(**{field.name: arrays[field.name] for field in fields(Look)})
 
     @staticmethod
     def joined(looks: Sequence["Look"]) -> "Look":
@@ -83,26 +71,19 @@ class Looker:
 
     def __init__(self, net: Extractor, dataset: Dataset, store: Place) -> None:
         self._net, self._place = net, dataset.place
-        self._kept = store / "looks" / f"{net.digest[:16]}-{dataset.digest[:16]}"
+        known = {"net": net.digest, "preprocessing": net.preprocessing, "dataset": dataset.digest, "format": _FORMAT}
+        self._kept = store / "looks" / identity(known)[:16]
         side = dataset.image_size**2 * dataset.channels
         self._fits = side * len(dataset.split("train")) <= _IN_MEMORY
 
-    def __call__(self, unit: ShardUnit) -> Look:
+    def __call__(self, unit: Unit) -> Look:
         """What there is to see of a unit's images."""
         return self.kept(unit.key, unit.read)
 
     def kept(self, key: str, read: Callable[[], tuple[Pixels, Labels]]) -> Look:
         """What was seen under a key before, or is seen now of the pixels and labels that `read` gives."""
-        place = self._kept / f"{key}.npz"
-        try:
-            return Look.load(place.read())
-        except FileNotFoundError:
-            pass  # nobody has looked yet
-        except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
-            warnings.warn(f"{place}: is damaged, and made again", stacklevel=2)
-        look = self.at(*read())
-        place.write(look.save())
-        return look
+        arrays = kept_arrays(self._kept / f"{key}.npz", lambda: vars(self.at(*read())))
+        return Look(**arrays)
 
     def at(self, pixels: Pixels, labels: Labels) -> Look:
         """Look at images uint8 [n, H, W, C] with their labels [n]."""
@@ -135,7 +116,7 @@ class Looker:
         return {name: value for name, value in self.__dict__.items() if name != "_train"}
 
 
-def look_at(units: Sequence[ShardUnit], looker: Looker, cluster: Cluster) -> Look:
+def look_at(units: Sequence[Unit], looker: Looker, cluster: Cluster) -> Look:
     """All of the units' images."""
     found = dict(over_chunks(looker, units, cluster))
     return Look.joined([found[place] for place in range(len(units))])

@@ -1,7 +1,8 @@
 """A score and where it comes from: a number without its provenance does not exist here."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ PRECISION, RECALL, DENSITY, COVERAGE = "precision", "recall", "density", "covera
 BITS_PER_DIM = "bits_per_dim"
 NEAR_FEATURES, NEAR_PIXELS = "near_training_in_features", "near_training_in_pixels"
 AGREEMENT = "class_agreement"
+NOISE = "noise"
+"""No score: the Frechet distance of uniform noise."""
 
 MORE_IS_BETTER = {PRECISION, RECALL, DENSITY, COVERAGE, AGREEMENT}
 """Of the others less is."""
@@ -76,6 +79,14 @@ class Score:
         except (KeyError, TypeError, ValueError) as error:
             raise DamageError(f"a score's record is damaged: {error!r}") from None
 
+    def to_bytes(self) -> bytes:
+        return json.dumps(self.to_json()).encode()
+
+    @staticmethod
+    def of_bytes(data: bytes) -> "Score":
+        """The inverse of `to_bytes`. DamageError as by `from_json`."""
+        return Score.from_json(json.loads(data))
+
 
 @dataclass(frozen=True)
 class Floors:
@@ -88,21 +99,11 @@ class Floors:
     noise: float
     """Frechet distance of uniform noise from real images."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, with a format version."""
-        return {"format": FORMAT, "n": self.n, "floors": dict(self.floors), "noise": self.noise}
-
     @staticmethod
-    def from_json(record: Any) -> "Floors":
-        """The inverse of `to_json`. DamageError for another format, or a record that is none of floors."""
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            found = record.get("format") if isinstance(record, dict) else type(record).__name__
-            raise DamageError(f"floors have format {found}, not {FORMAT}")
-        try:
-            floors = {str(name): float(floor) for name, floor in record["floors"].items()}
-            return Floors(int(record["n"]), floors, float(record["noise"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DamageError(f"a record of floors is damaged: {error!r}") from None
+    def joined(n: int, parts: Iterable[Mapping[str, float]]) -> "Floors":
+        """Of floors by score, and of noise by NOISE, that were worked out in parts."""
+        found = {name: value for part in parts for name, value in part.items()}
+        return Floors(n, {name: value for name, value in found.items() if name != NOISE}, found[NOISE])
 
 
 def comparable(a: Score, b: Score) -> list[str]:

@@ -8,7 +8,7 @@ against each other, which the network that gives the features has not seen.
 An interval has the chance of both sides in it: it is made of the same score of halves of both.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from pipelines.evaluate.features import Pixels, torch_threads
 from pipelines.evaluate.frechet import Features, distance_of, frechet_effort, halvings
 from pipelines.evaluate.kernel import SUBSETS, kernel_distances, kernel_spread, subset_size
 from pipelines.evaluate.neighbours import NEIGHBOURS, neighbour_values
-from pipelines.evaluate.scores import DENSITY, FRECHET, KID, Floors, Score
+from pipelines.evaluate.scores import DENSITY, FRECHET, KID, NOISE, Floors, Score
 
 HELD_OUT = "held-out"
 FEWEST = 2 * (max(NEIGHBOURS.values()) + 1)
@@ -32,6 +32,8 @@ NEIGHBOUR_PAIRS = 1_500_000_000
 """So many distances the replicates of the neighbours' scores look at, or 20 of them do, and a tenth of it the halvings,
 or two of them."""
 BATCH = 256
+PARTS = (FRECHET, KID, "neighbours")
+"""Of the scores of sets, what is worked out by itself."""
 _ALONE = 4
 """Images of each side for a distance, of whose halves there is one too."""
 
@@ -57,8 +59,8 @@ class SetFeatures:
     """[S, d], of the images that are scored."""
     real: Features
     """[M, d], of held-out ones."""
-    blind: Features
-    """[n, d], of uniform noise: by its score a blind network is known."""
+    blind: Features | None
+    """[n, d], of uniform noise: by its score a blind network is known. None where floors are given, who know it."""
     digest: str
     """Of the network."""
     preprocessing: str
@@ -113,17 +115,30 @@ def uniform_noise(shape: tuple[int, ...], seed: int) -> Pixels:
     return generator(seed, "noise").integers(256, size=shape, dtype=np.uint8)
 
 
-def floors_of(real: Features, blind: Features, seed: int) -> Floors:
-    """What no model has a part in: the floors of all scores of sets, and the Frechet distance of noise.
+def floor_part(part: str, real: Features, n: int, seed: int, blind: Callable[[], Features]) -> dict[str, float]:
+    """What no model has a part in, of one of the PARTS: floors at n by score, and the distance of noise by NOISE.
 
-    Of held-out images' features [M, d] and those of n images of noise [n, d], by which `SetFeatures` knows a blind
-    network, at that n, with as many halvings as the scores take. UserError where n is too small for neighbours' scores.
+    Of held-out images' features [M, d], with as many halvings as the scores take; for the features [n, d] of noise, by
+    which `SetFeatures` knows a blind network, `blind` is asked where they are needed. UserError where n is too small
+    for neighbours' scores.
     """
-    n = len(blind)
     with torch_threads(1):
-        frechet, noise = _frechet_floor(real, blind, seed, frechet_effort(n, blind.shape[1])[0])
-        floors = {FRECHET: frechet, KID: _kernel_floor(real, n, seed), **_neighbour_floors(real, n, seed)}
-    return Floors(n, floors, noise)
+        if part == FRECHET:
+            splits = frechet_effort(n, real.shape[1])[0]
+            floor, noise = _frechet_floor(real, blind(), seed, splits)
+            return {FRECHET: floor, NOISE: noise}
+        if part == KID:
+            return {KID: _kernel_floor(real, n, seed)}
+        return _neighbour_floors(real, n, seed)
+
+
+def set_scores(part: str, sets: SetFeatures, seed: int, provenance: Mapping[str, Any], floors: Floors) -> list[Score]:
+    """The scores of one of the PARTS. UserError where there are too few images."""
+    if part == FRECHET:
+        return [frechet_score(sets, seed=seed, provenance=provenance, floors=floors)]
+    if part == KID:
+        return [kernel_score(sets, seed=seed, provenance=provenance, floors=floors)]
+    return neighbour_scores(sets, seed=seed, provenance=provenance, floors=floors)
 
 
 def frechet_score(
@@ -147,6 +162,7 @@ def frechet_score(
         draws = _Draws.of(len(ours), len(real), seed, splits, replicates)
         value, again = draws.estimates(_distances(ours, real, draws.all))
         if floors is None:
+            assert sets.blind is not None, "floors or noise are needed"
             floor, noise = _frechet_floor(sets.real, sets.blind, seed, splits)
         else:
             floor, noise = floors.floors[FRECHET], floors.noise

@@ -5,8 +5,6 @@ are always the same, and are read from the store where they were made before.
 """
 
 import functools
-import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,10 +18,15 @@ from pipelines.data.reader import Reader
 from pipelines.data.work import over_chunks
 from pipelines.evaluate.features import Pixels, torch_threads
 from pipelines.evaluate.frechet import Features
+from pipelines.evaluate.kept import kept_arrays
+from pipelines.evaluate.memory import nearest
 from pipelines.evaluate.sets import Extractor
-from pipelines.store import DamageError, Place
+from pipelines.sample.job import Job, Part
+from pipelines.store import DamageError, Place, identity, sha256
 
 Labels = NDArray[np.int64]
+_FORMAT = 2
+"""Of kept features."""
 
 
 class Unit(Protocol):
@@ -73,27 +76,62 @@ def units_of(dataset: Dataset, split: str, most: int | None = None) -> list[Shar
     return units
 
 
-def features_of(units: Sequence[Unit], net: Extractor, cache: Place, cluster: Cluster) -> Features:
-    """Features float64 [N, d] of the units' images, in order; kept in the folder `cache`, as many as are made."""
-    work = functools.partial(_features, net, cache / net.digest[:16])
-    found = dict(over_chunks(work, units, cluster))
-    return np.concatenate([found[place] for place in range(len(units))])
+@dataclass(frozen=True)
+class JobUnit:
+    """A part of a sampling job, or its first so many images: of a job that has not ended too."""
+
+    job: Job
+    part: Part
+    index_sha256: str
+    count: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.index_sha256[:32]}-{self.count}"
+
+    def read(self) -> tuple[Pixels, Labels]:
+        indices = range(self.part.first, self.part.first + self.count)
+        return self.job.pixels(self.part)[: self.count], np.array(self.job.labels(indices), dtype=np.int64)
 
 
-def _features(net: Extractor, cache: Place, unit: Unit) -> Features:
-    place = cache / f"{unit.key}.npy"
-    try:
-        return np.load(io.BytesIO(place.read()), allow_pickle=False)
-    except FileNotFoundError:
-        pass  # nobody has needed them yet
-    except (ValueError, EOFError):
-        warnings.warn(f"{place}: is damaged, and made again", stacklevel=2)
+def units_of_job(job: Job, n: int) -> list[JobUnit]:
+    """The first n images of a sampling job, by the chunk. DamageError where they are not all there."""
+    units = []
+    for part in job.parts_read(n):
+        record = job.committed(part)
+        if record is None:
+            raise DamageError(f"{job.record_of(part)} is missing; the same command makes it again")
+        units.append(JobUnit(job, part, record.index_sha256, min(part.count, n - part.first)))
+    return units
+
+
+def nearest_in_features(
+    features: Features, units: Sequence[Unit], net: Extractor, store: Place, cluster: Cluster
+) -> NDArray[np.float64]:
+    """Distances [n] of features [n, d] from the nearest of the units' images, a unit at a time; all are kept: the
+    units' own features, and what comes out."""
+    folder = features_place(store, net)
+    known = {"of": sha256(features.tobytes()), "from": [unit.key for unit in units]}
+
+    def make() -> dict[str, NDArray[np.float64]]:
+        nearest_yet = np.full(len(features), np.inf)
+        for _, distances in over_chunks(functools.partial(_nearest, features, net, folder), units, cluster):
+            nearest_yet = np.minimum(nearest_yet, distances)
+        return {"distance": nearest_yet}
+
+    return kept_arrays(folder / f"nearest-{identity(known)[:16]}.npz", make)["distance"]
+
+
+def _nearest(features: Features, net: Extractor, folder: Place, unit: Unit) -> NDArray[np.float64]:
     with torch_threads(1):  # the bits are the same in whatever process
-        features = net.features(unit.read()[0])
-    file = io.BytesIO()
-    np.save(file, features)
-    place.write(file.getvalue())
-    return features
+        theirs = kept_arrays(folder / f"{unit.key}.npz", lambda: {"features": net.features(unit.read()[0])})
+        return nearest(features, theirs["features"]).distance
+
+
+def features_place(store: Place, net: Extractor) -> Place:
+    """The folder of a network's features."""
+    known = {"net": net.digest, "preprocessing": net.preprocessing, "format": _FORMAT}
+    return store / "features" / identity(known)[:16]
 
 
 def read_all(units: Sequence[Unit]) -> tuple[Pixels, Labels]:

@@ -9,10 +9,9 @@ from PIL import Image
 
 from pipelines.cluster import Cluster
 from pipelines.data.ingest import ingest
-from pipelines.data.manifest import Dataset
 from pipelines.errors import UserError
-from pipelines.evaluate.compare import compare, keep_pictures
-from pipelines.evaluate.job import Evaluation
+from pipelines.evaluate.answers import Evaluation
+from pipelines.evaluate.compare import caveats, compare, keep_pictures
 from pipelines.evaluate.scores import Score
 from pipelines.evaluate.study import Study, Way, parse_grid, picture, study
 from pipelines.fields import apply_overrides
@@ -22,7 +21,7 @@ from pipelines.session import open_session
 from pipelines.spec import parse_spec
 from pipelines.store import Place
 from tests.conftest import tiny_fields, tiny_spec
-from tests.sample.conftest import untrained
+from tests.sample.conftest import NoCluster, untrained
 
 
 def score(name: str, value: float, low: float, high: float, **provenance: object) -> Score:
@@ -59,6 +58,18 @@ def test_what_differs_where_it_matters_is_named_and_refused_where_nothing_is_lef
     others = evaluation(score("frechet", 1.0, 0.8, 1.2, n=50, features_digest="g"), score("recall", 1, 1, 1, n=50))
     with pytest.raises(UserError, match=r"differ in features_digest, n$"):
         compare(a, others)
+
+
+def test_what_a_comparison_does_not_show_is_said() -> None:
+    ours = evaluation(score("frechet", 1.0, 0.8, 1.2, sample_seed=0), score("kid", 1.0, 0.8, 1.2))
+    theirs = evaluation(score("frechet", 1.0, 0.8, 1.2, sample_seed=3))
+    unkept, seeds = caveats([ours, theirs])
+    assert "there is no picture of both" in unkept
+    assert "not drawn from the same seeds (0 and 3)" in seeds
+    assert keep_pictures([ours, theirs], Place.of("nowhere")) is None
+    assert len(caveats([ours, ours])) == 1
+    nobody_knows = evaluation(score("frechet", 1.0, 0.8, 1.2))
+    assert "(0 and not recorded)" in caveats([ours, nobody_knows])[1]
 
 
 def test_pictures_lie_one_above_the_other(tmp_path: Path) -> None:
@@ -128,4 +139,6 @@ def test_a_study_draws_every_way_from_the_same_seeds(cluster: Cluster, tmp_path:
     assert {one.score.provenance["sample_seed"] for one in found.ways} == {0}
     assert len({one.score.value for one in found.ways}) == 2
     assert Image.open(found.picture).width > 400
-    assert isinstance(dataset, Dataset)
+    nobody = open_session(NoCluster(), Progress(), tiny_spec(), storage=str(tmp_path / "store"))
+    again = study(parse_grid(["steps=2", "sampler=ddim,ancestral"]), model_of, dataset, nobody)
+    assert again.to_json() == found.to_json()

@@ -1,6 +1,9 @@
 """Which images a score is taken from, and which models can be scored against them."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +17,22 @@ from pipelines.data.manifest import Dataset
 from pipelines.data.pixels import to_model
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
+from pipelines.evaluate import statistics
+from pipelines.evaluate.answers import Evaluation, Question
 from pipelines.evaluate.chance import choose_images
-from pipelines.evaluate.job import Evaluation, Question, evaluate, evaluate_samples
+from pipelines.evaluate.job import evaluate, evaluate_samples
+from pipelines.evaluate.overlap import held_out_seen
 from pipelines.evaluate.scores import Score
 from pipelines.evaluate.sets import uniform_noise
 from pipelines.models import Model
 from pipelines.progress import Progress
+from pipelines.sample import sample_spec
 from pipelines.session import Session, open_session
 from pipelines.spec import parse_spec
 from pipelines.store import Place
 from tests.conftest import tiny_fields, tiny_spec
-from tests.sample.conftest import untrained
+from tests.evaluate.conftest import Digits
+from tests.sample.conftest import Said, untrained
 
 
 def test_images_of_a_dataset_sorted_by_class_are_drawn_from_all_of_them() -> None:
@@ -101,6 +109,106 @@ def test_real_images_score_the_floor_and_training_images_are_known_for_what_they
         assert score.provenance["dataset_digest"] == score.provenance["samples_digest"] == dataset.digest
 
 
+def test_images_that_were_scored_elsewhere_are_known_by_their_own_place(
+    dataset: Dataset, shared: Session, tmp_path: Path
+) -> None:
+    first = evaluate_samples(dataset, dataset, QUESTION, shared)
+    copy = Dataset.open(Place.of(shutil.copytree(dataset.place.path, tmp_path / "copy")))
+    idle = open_session(NoCluster(None), Progress(), tiny_spec(), storage=str(shared.store))
+    again = evaluate_samples(copy, dataset, QUESTION, idle)
+    assert (first.images, again.images) == (str(dataset.place), str(copy.place))
+    assert again.scores == first.scores
+
+
+def test_who_was_killed_among_the_scores_goes_on_with_those_that_lack(
+    dataset: Dataset, shared: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question, made = Question(QUESTION.evaluate, seed=5), list[str]()
+    whole = statistics.set_scores
+
+    def killed(part: str, *rest: Any) -> list[Score]:
+        made.append(part)
+        if made == ["frechet", "kid"]:
+            raise KeyboardInterrupt
+        return whole(part, *rest)
+
+    monkeypatch.setattr(statistics, "set_scores", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_samples(dataset, dataset, question, shared)
+    evaluate_samples(dataset, dataset, question, shared)
+    assert made == ["frechet", "kid", "kid", "neighbours"]
+
+
+def test_images_of_a_job_are_known_by_its_record_and_other_classes_than_the_networks_are_left_out(
+    dataset: Dataset, shared: Session, tmp_path: Path
+) -> None:
+    spec = tiny_spec(model__classes=9, train__label_dropout=0.1, sample__labels=[3, 5], sample__steps=1)
+    drawn = Dataset.open(Place.of(sample_spec(untrained(model__classes=9), spec, 12, shared).out))
+    said = Said()
+    session = replace(shared, progress=said)
+    found = evaluate_samples(drawn, dataset, QUESTION, session)
+    job = {"labels": [3, 5], "threads": 1, "device": "cpu", "steps": 1, "sample_seed": 0}
+    assert job.items() <= by_name(found)["frechet"].provenance.items()
+    assert {"ema", "model_digest"} <= by_name(found)["frechet"].provenance.keys()
+    assert "class_agreement" not in by_name(found)
+    assert any("class_agreement is left out: the images are of 9 classes, of the 10" in line for line in said.lines)
+    assert any("at n = 12, fewer than the 64 features" in line for line in said.lines)
+
+    copy = Path(shutil.copytree(drawn.place.path, tmp_path / "copy"))
+    (copy / "job.json").write_text("{}")
+    unknown = by_name(evaluate_samples(Dataset.open(Place.of(copy)), dataset, QUESTION, session))["frechet"]
+    assert (unknown.value, unknown.interval) == (by_name(found)["frechet"].value, by_name(found)["frechet"].interval)
+    assert "steps" not in unknown.provenance
+    assert any("job.json" in line and "nothing is known" in line for line in said.lines)
+
+
+def test_images_without_labels_are_judged_by_noise_and_not_by_the_accuracy_on_their_turns(
+    shared: Session, tmp_path: Path, digits: Digits
+) -> None:
+    np.save(tmp_path / "images.npy", np.concatenate([digits.train[:200], digits.held_out[:200]]))
+    source, out = str(tmp_path / "images.npy"), Place.of(tmp_path / "unlabelled")
+    unlabelled = ingest(source, out, image_size=8, channels=1, held_out=0.4, shard_images=400)
+    question = Question(tiny_spec(evaluate__feature_epochs=2).evaluate, seed=0)
+    evidence = evaluate_samples(unlabelled, unlabelled, question, shared).evidence
+    assert "feature_accuracy" not in evidence
+    assert 0.2 < evidence["feature_turns_accuracy"] < 1
+    assert evidence["noise_over_floor"] > 1
+
+
+def test_held_out_images_that_a_model_was_trained_on_are_counted(dataset: Dataset, tmp_path: Path) -> None:
+    store = Place.of(tmp_path / "store")
+    model = untrained()
+    assert held_out_seen(replace(model, dataset_digest=dataset.digest), dataset, store) == 0
+    assert held_out_seen(replace(model, dataset_digest="that of data that is gone"), dataset, store) is None
+    held_out, _ = Reader(dataset.split("held-out")).read_all()
+    train, _ = Reader(dataset.split("train")).read_all()
+    (tmp_path / "store" / "datasets" / "damaged").mkdir(parents=True)
+    (tmp_path / "store" / "datasets" / "damaged" / "dataset.json").write_text("{")
+    np.save(tmp_path / "other.npy", np.concatenate([train[:30], held_out[:50], held_out[:5]]))
+    source, out = str(tmp_path / "other.npy"), store / "datasets" / "other"
+    with pytest.warns(UserWarning, match="exact copies"):
+        other = ingest(source, out, image_size=8, channels=1, held_out=0.0, shard_images=7)
+    expected = sum(any(np.array_equal(image, seen) for seen in held_out[:50]) for image in held_out)
+    assert held_out_seen(replace(model, dataset_digest=other.digest), dataset, store) == expected >= 50
+
+
+def test_a_source_that_has_images_on_both_sides_is_no_exception(tmp_path: Path) -> None:
+    """Its card tells: with them dropped, none of its own held-out images was seen."""
+    pixels = np.random.default_rng(0).integers(256, size=(40, 8, 8), dtype=np.uint8)
+    for split, rows in (("train", range(30)), ("test", [*range(26, 40), 29])):
+        for place, row in enumerate(rows):
+            file = tmp_path / "source" / split / "a" / f"{place:03d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[row]).save(file)
+    for drop, seen in ((False, 5), (True, 0)):
+        source, out = str(tmp_path / "source"), Place.of(tmp_path / str(drop))
+        with pytest.warns(UserWarning, match="copies"):
+            own = ingest(source, out, image_size=8, channels=1, shard_images=100, drop_duplicates=drop)
+        assert len(own.split("held-out")) == 15
+        model = replace(untrained(), dataset_digest=own.digest)
+        assert held_out_seen(model, own, Place.of(tmp_path / "store")) == seen
+
+
 def test_a_model_that_returns_some_training_images_is_caught(dataset: Dataset, shared: Session, tmp_path: Path) -> None:
     """Held-out images stand for those that it did not copy."""
     train, _ = Reader(dataset.split("train")).read_all()
@@ -128,22 +236,43 @@ def test_noise_is_fifty_floors_away(dataset: Dataset, shared: Session, tmp_path:
     assert scores["kid"].value > 10 * scores["kid"].provenance["spread"]
 
 
-def test_a_model_is_scored_with_all_that_the_scores_depend_on_and_only_once(
+def kept_in(store: Path) -> dict[str, int]:
+    """Inodes of all kept parts: a file that is made again has another."""
+    found = (
+        path for name in ("bits", "floors", "looks", "features", "statistics") for path in (store / name).rglob("*")
+    )
+    return {str(path.relative_to(store)): path.stat().st_ino for path in found if path.is_file()}
+
+
+def test_a_model_is_scored_with_all_that_the_scores_depend_on_once_and_who_was_killed_goes_on(
     dataset: Dataset, shared: Session, store: Path
 ) -> None:
-    spec = tiny_spec(model__classes=10, train__label_dropout=0.1, evaluate__samples=60, evaluate__feature_epochs=20)
-    model = untrained(model__classes=10, train__label_dropout=0.1)
+    classes = {"model__classes": 10, "train__label_dropout": 0.1}
+    spec = tiny_spec(**classes, evaluate__samples=60, evaluate__feature_epochs=20)
+    spec = spec.model_copy(update={"evaluate": spec.evaluate.model_copy(update={"bits_images": 100})})
+    model, before = replace(untrained(**classes), dataset_digest=dataset.digest), kept_in(store)
     evaluation = evaluate(model, dataset, spec, shared)
     scores = by_name(evaluation)
     assert {"frechet", "kid", "precision", "recall", "density", "coverage", "bits_per_dim", "class_agreement"} <= set(
         scores
     )
     assert scores["frechet"].provenance["n"] == 60
-    assert scores["frechet"].provenance["model_digest"] == model.digest
+    drawn = {"model_digest": model.digest, "labels": "uniform", "threads": 1, "device": "cpu", "held_out_seen": 0}
+    assert drawn.items() <= scores["frechet"].provenance.items()
+    assert evaluation.evidence["held_out_seen"] == scores["bits_per_dim"].provenance["held_out_seen"] == 0
     assert scores["class_agreement"].value < 0.5 < scores["class_agreement"].provenance["floor"]
     idle = open_session(NoCluster(None), Progress(), spec, storage=str(store))
     again = evaluate(model, dataset, spec, idle)
     assert again.to_json() == evaluation.to_json()
+
+    after = kept_in(store)
+    new = sorted(path for path in after if path not in before)
+    lost = [next(path for path in new if path.startswith(name)) for name in ("bits", "looks", "statistics")]
+    for path in lost:
+        (store / path).unlink()
+    shutil.rmtree(Path(evaluation.pairs).parent)
+    assert evaluate(model, dataset, spec, shared).to_json() == evaluation.to_json()
+    assert {path for path, number in kept_in(store).items() if after[path] != number} == set(lost)
 
 
 def test_exact_bits_are_the_cores(dataset: Dataset, shared: Session) -> None:
@@ -165,7 +294,12 @@ def test_images_need_not_be_kept_to_be_scored(dataset: Dataset, shared: Session,
     before = set((store / "samples").glob("*")) if (store / "samples").exists() else set()
     forgotten = evaluate(untrained(), dataset, parse_spec(tiny_fields(**chosen, evaluate__keep_samples=False)), shared)
     assert set((store / "samples").glob("*") if (store / "samples").exists() else ()) == before
-    kept = evaluate(untrained(), dataset, parse_spec(tiny_fields(**chosen)), shared)
+    spec = parse_spec(tiny_fields(**chosen))
+    larger = Path(sample_spec(untrained(), spec, 80, shared, dataset.class_counts).out)
+    for name in ("manifest.json", "dataset.json"):  # as if killed at its end: it is no dataset
+        (larger / name).unlink()
+    kept = evaluate(untrained(), dataset, spec, shared)
+    assert (kept.images, evaluate(untrained(), dataset, spec, shared).images) == (str(larger), str(larger))
     assert forgotten.images == ""
     assert [(s.name, s.value, s.interval) for s in forgotten.scores] == [
         (s.name, s.value, s.interval) for s in kept.scores
@@ -173,13 +307,23 @@ def test_images_need_not_be_kept_to_be_scored(dataset: Dataset, shared: Session,
     assert Path(forgotten.pairs).read_bytes() == Path(kept.pairs).read_bytes()
 
 
-def test_a_look_that_was_damaged_is_made_again(dataset: Dataset, shared: Session, store: Path) -> None:
-    first = evaluate_samples(dataset, dataset, QUESTION, shared)
-    for look in (store / "looks").rglob("*.npz"):
-        look.write_bytes(look.read_bytes()[:-5])
-    with pytest.warns(UserWarning, match="is damaged, and made again"):
-        again = evaluate_samples(dataset, dataset, Question(QUESTION.evaluate, seed=1), shared)
-    assert [score.name for score in again.scores] == [score.name for score in first.scores]
+def test_what_was_damaged_in_the_store_is_named_and_made_again(dataset: Dataset, shared: Session, store: Path) -> None:
+    question, before = Question(tiny_spec(evaluate__feature_epochs=1).evaluate, seed=6), kept_in(store)
+    first = evaluate_samples(dataset, dataset, question, shared)
+    kept = [store / name for name in kept_in(store).keys() - before.keys()]
+    assert {path.suffix for path in kept} == {".npz", ".json", ".net"}
+    scores = Path(first.pairs).parent / "scores.json"
+    for path in (*kept, scores):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with pytest.warns(UserWarning, match="is damaged, and made again|it is scored again") as said:
+        again = evaluate_samples(dataset, dataset, question, shared)
+    assert again.to_json() == first.to_json()
+    told = "\n".join(str(one.message) for one in said)
+    assert f"{scores} does not match the sha256 in its manifest; it is scored again" in told
+    for name in (".net", "frechet.json", "looks", "features"):
+        assert name in told
 
 
 def test_data_with_nothing_held_out_is_refused_before_anything_starts(dataset: Dataset, tmp_path: Path) -> None:

@@ -1,26 +1,28 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from ddpm_core import GaussianDiffusion, NoiseSchedule, UNet, UNetConfig, bits_per_dim_estimate
+from pipelines.cluster import Cluster
 from pipelines.data.pixels import to_model
 from pipelines.drawing import Settings, draw
 from pipelines.errors import Failed, UserError
 from pipelines.evaluate.bits import bits_score, estimate_bits
 from pipelines.evaluate.features import FeatureNet
-from pipelines.evaluate.scores import Floors, Score, comparable
+from pipelines.evaluate.scores import Score, comparable
 from pipelines.evaluate.sets import (
     SetFeatures,
-    floors_of,
     frechet_score,
     kernel_score,
     neighbour_scores,
     uniform_noise,
 )
+from pipelines.evaluate.statistics import floors_at
 from pipelines.sections import Sample
-from pipelines.store import DamageError
+from pipelines.store import DamageError, Place
 from tests.evaluate.conftest import Digits
 
 KNOWN = {"dataset_digest": "d" * 64, "model_digest": "m" * 64, "sampler": "ddim", "steps": 50}
@@ -69,10 +71,11 @@ def test_the_score_says_what_it_is_of(net: FeatureNet, digits: Digits) -> None:
     assert score != of(net, digits.train[:100], digits, seed=1)
 
 
-def test_floors_are_the_same_for_every_model_and_serve_all(net: FeatureNet, digits: Digits) -> None:
+def test_floors_are_the_same_for_every_model_and_serve_all(net: FeatureNet, digits: Digits, tmp_path: Path) -> None:
     sets = [SetFeatures.of(net, samples, digits.held_out, seed=3) for samples in (digits.train, 255 - digits.train)]
-    floors, again = (floors_of(one.real, one.blind, seed=3) for one in sets)
-    assert floors == again == Floors.from_json(json.loads(json.dumps(floors.to_json())))
+    here = (8, 8, 1), 3, Place.of(tmp_path), Cluster(None)
+    floors, again = (floors_at(one.n, one.real, net, *here) for one in sets)
+    assert floors == again
     alone, given = (
         [make(sets[0], seed=3, provenance=KNOWN, **words) for make in (frechet_score, kernel_score)]
         + neighbour_scores(sets[0], seed=3, provenance=KNOWN, replicates=20, **words)
@@ -83,9 +86,6 @@ def test_floors_are_the_same_for_every_model_and_serve_all(net: FeatureNet, digi
     assert given[1].provenance["subset"] == sets[0].n // 2
     with pytest.raises(ValueError, match="floors at n"):
         frechet_score(SetFeatures.of(net, digits.train[:50], digits.held_out, 3), seed=3, provenance={}, floors=floors)
-    for damaged in ({**floors.to_json(), "format": 2}, {"format": 1}, {**floors.to_json(), "floors": 3}, []):
-        with pytest.raises(DamageError):
-            Floors.from_json(damaged)
 
 
 def test_its_bits_do_not_depend_on_threads_and_it_leaves_them_alone(net: FeatureNet, digits: Digits) -> None:
