@@ -106,6 +106,38 @@ def test_mistakes(
     assert not (tmp_path / "out").exists()
 
 
+def test_options_of_evaluation_without_effect_are_named(
+    run: Run,
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each command ends with the size of the images, before anything is drawn."""
+    ingest("digits", Place.of(tmp_path / "small"), image_size=16, channels=1, held_out=0.4, shard_images=2000)
+    monkeypatch.chdir(tmp_path)
+    for words, said in (
+        ([str(dataset.place), "--exact"], ["--exact: has no effect on images that are there"]),
+        (
+            [str(dataset.place), "--set", "evaluate.keep_samples=false", "--set", "evaluate.bits_images=9"],
+            [f"evaluate.{name}: has no effect on images" for name in ("keep_samples=false", "bits_images=9")],
+        ),
+        (
+            [str(dataset.place), "--set", "evaluate.inception=none", "--set", "evaluate.feature_width=9"],
+            ["evaluate.feature_width: has no effect with evaluate.inception"],
+        ),
+        (
+            [str(run.place), "--grid", "steps=3", "--exact", "--set", "sample.steps=4"],
+            ["--exact: has no effect on --grid", "sample.steps=4: has no effect on --grid, which varies it"],
+        ),
+    ):
+        store = ["--storage", str(dataset.place.path.parents[1])]
+        with pytest.raises(UserError, match="16"):
+            app(["evaluate", *words, "--against", "small", *store], standalone_mode=False)
+        told = capsys.readouterr().err
+        assert all(part in told for part in said), told
+
+
 def test_no_images_are_none_to_ask_for(run: Run, tmp_path: Path) -> None:
     assert_refused(ddpm("sample", str(run.place), "--out", "out", "--n", "0", cwd=tmp_path), "--n")
 
