@@ -93,8 +93,8 @@ def compare(
     from jobs.live import kept_where_interrupted
     from jobs.score_tables import show_comparison
     from pipelines.data.manifest import Dataset
-    from pipelines.evaluate.compare import caveats, keep_pictures
     from pipelines.evaluate.compare import compare as compare_evaluations
+    from pipelines.evaluate.compare import keep_pictures
     from pipelines.store import Place
 
     with session_of(None, storage, tracking_uri, address=ray) as session, kept_where_interrupted(session.progress):
@@ -104,9 +104,7 @@ def compare(
             dataset = Dataset.open(Place.of(against))
         both = [_evaluation(subject, dataset, overrides or (), session) for subject in (first, second)]
         compared = compare_evaluations(*both)
-        kept = keep_pictures(both, session.store)
-        for line in caveats(both):
-            session.progress.say(f"warning: {line}")
+        kept = keep_pictures(both, session.store, session.progress)
     picture = None if kept is None else str(kept)
     told = {"scores": [one.to_json() for one in compared], "first": first, "second": second, "picture": picture}
     print_result(as_json, told, lambda: show_comparison(compared, picture))

@@ -7,12 +7,14 @@ from typing import Any, Literal
 import numpy as np
 
 from pipelines import report
-from pipelines.data.manifest import CARD, Dataset
+from pipelines.data.manifest import Dataset
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
 from pipelines.evaluate.answers import Evaluation
 from pipelines.evaluate.scores import MORE_IS_BETTER, Score, comparable
-from pipelines.store import Place, identity
+from pipelines.files import StorageError
+from pipelines.progress import Progress
+from pipelines.store import DamageError, Place, identity
 
 _SHOWN = 32
 _COLUMNS = 16
@@ -59,33 +61,26 @@ def _compare(a: Score, b: Score) -> Comparison:
     return Comparison(a.name, a.value, b.value, verdict, differs)
 
 
-def caveats(both: Sequence[Evaluation]) -> list[str]:
-    """What is to be known of a comparison beside its table."""
-    lines = []
-    if not all(_has_images(one) for one in both):
-        lines.append(
-            "there is no picture of both: the images of one were not kept (evaluate.keep_samples), or are not there as "
-            "a dataset"
-        )
+def keep_pictures(both: Sequence[Evaluation], store: Place, progress: Progress) -> Place | None:
+    """Write the picture of two evaluations' images into the store; None where there is none. A line says why, and
+    another one where the images are not of the same seeds."""
     seeds = [_seed(one) for one in both]
     if seeds[0] != seeds[1] or None in seeds:
         said = " and ".join("not recorded" if seed is None else str(seed) for seed in seeds)
-        lines.append(f"they were not drawn from the same seeds ({said}): image by image they have nothing in common")
-    return lines
-
-
-def keep_pictures(both: Sequence[Evaluation], store: Place) -> Place | None:
-    """Write the picture of two evaluations' images into the store; None where one's are not there."""
-    if not all(_has_images(one) for one in both):
+        progress.say(
+            f"warning: they were not drawn from the same seeds ({said}): image by image they have nothing in common"
+        )
+    if not all(one.images for one in both):
+        progress.say("warning: there is no picture of both: one's images were not kept (evaluate.keep_samples)")
         return None
-    places = [Place.of(one.images) for one in both]
+    try:
+        drawn = side_by_side([Place.of(one.images) for one in both])
+    except (UserError, DamageError, StorageError) as error:
+        progress.say(f"warning: there is no picture of both: {error}")
+        return None
     picture = store / "comparisons" / f"{identity([one.images for one in both])[:16]}.png"
-    picture.write(side_by_side(places))
+    picture.write(drawn)
     return picture
-
-
-def _has_images(evaluation: Evaluation) -> bool:
-    return bool(evaluation.images) and (Place.of(evaluation.images) / CARD).exists()
 
 
 def _seed(evaluation: Evaluation) -> int | None:

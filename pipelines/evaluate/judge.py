@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.evaluate.kept import Telling, repeat
 from pipelines.evaluate.look import Look, Looker
 from pipelines.models import Model
 from pipelines.sample.artist import Drawer
@@ -16,20 +17,24 @@ class _Judge(Drawer):
         super().__init__(job)
         self._looker = looker
 
-    def do(self, shared: tuple[Any], part: Part) -> Look:
-        """Draw a part and look at it, unless that was done before."""
+    def do(self, shared: tuple[Any], part: Part) -> tuple[Look, list[str]]:
+        """Draw a part and look at it, unless that was done before; with what there is to warn of."""
 
         def draw() -> tuple[Any, Any]:
             labels = self._job.labels(range(part.first, part.first + part.count))
             return self.drawn(shared, part.chunk)[: part.count], np.asarray(labels, dtype=np.int64)
 
-        return self._looker.kept(f"{self._job.identity[:32]}-{part.stem}", draw)
+        def look(key: str) -> Look:
+            return self._looker.kept(key, draw)
+
+        return Telling(look)(f"{self._job.identity[:32]}-{part.stem}")
 
 
 def draw_and_look(job: Job, model: Model, n: int, looker: Looker, studio: Studio) -> Look:
     """What there is to see of the first n images of a job, of which none is written anywhere."""
     parts, found = job.wanted(n), {}
-    for place, look in studio.pool(job, model, _Judge, parts, looker).results():
+    for place, (look, lines) in studio.pool(job, model, _Judge, parts, looker).results():
+        repeat(lines)
         found[place] = look
         studio.progress.advance(sum(parts[done].count for done in found), n, "images")
     return Look.joined([found[place] for place in range(len(parts))])

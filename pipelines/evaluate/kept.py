@@ -7,15 +7,19 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.cluster import Cluster
+from pipelines.data.work import over_chunks
 from pipelines.store import DamageError, Place
 
 T = TypeVar("T")
+Chunk = TypeVar("Chunk")
 Arrays = Mapping[str, NDArray[Any]]
 
 _DIGEST = hashlib.sha256().digest_size
@@ -51,6 +55,34 @@ def kept_arrays(place: Place, make: Callable[[], Arrays]) -> Arrays:
 def kept_json(place: Place, make: Callable[[], Any]) -> Any:
     """A plain value, kept."""
     return kept(place, make, lambda value: json.dumps(value).encode(), json.loads)
+
+
+def over_kept(
+    work: Callable[[Chunk], T], chunks: Sequence[Chunk], cluster: Cluster, workers: int | None = None
+) -> Iterator[tuple[int, T]]:
+    """`over_chunks` with work that keeps what it makes: of damage that another process meets the user is told too."""
+    for place, (result, lines) in over_chunks(Telling(work), chunks, cluster, workers):
+        repeat(lines)
+        yield place, result
+
+
+@dataclass(frozen=True)
+class Telling(Generic[Chunk, T]):
+    """Work, with its warnings: a process of Ray's has nobody to say them to."""
+
+    work: Callable[[Chunk], T]
+
+    def __call__(self, chunk: Chunk) -> tuple[T, list[str]]:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            result = self.work(chunk)
+        return result, [str(one.message) for one in said if issubclass(one.category, UserWarning)]
+
+
+def repeat(lines: Sequence[str]) -> None:
+    """Warn of what another process was warned of."""
+    for line in lines:
+        warnings.warn(line, stacklevel=3)
 
 
 def _opened(data: bytes) -> bytes:

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from pipelines.cluster import Cluster
 from pipelines.data.manifest import Dataset
-from pipelines.data.work import over_chunks
 from pipelines.evaluate.features import FeatureNet, Pixels, torch_threads
 from pipelines.evaluate.frechet import Features
-from pipelines.evaluate.kept import kept_arrays
+from pipelines.evaluate.kept import kept_arrays, over_kept
 from pipelines.evaluate.memory import Nearest, nearest
 from pipelines.evaluate.sets import Extractor
 from pipelines.evaluate.units import Labels, Unit, read_all, units_of
@@ -118,5 +117,5 @@ class Looker:
 
 def look_at(units: Sequence[Unit], looker: Looker, cluster: Cluster) -> Look:
     """All of the units' images."""
-    found = dict(over_chunks(looker, units, cluster))
+    found = dict(over_kept(looker, units, cluster))
     return Look.joined([found[place] for place in range(len(units))])

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipelines.cluster import Cluster
-from pipelines.data.work import over_chunks
 from pipelines.evaluate.frechet import Features
-from pipelines.evaluate.kept import found, kept_json
+from pipelines.evaluate.kept import found, kept_json, over_kept
 from pipelines.evaluate.measure import MEASURE
 from pipelines.evaluate.scores import Floors, Score
 from pipelines.evaluate.sets import PARTS, Extractor, SetFeatures, floor_part, set_scores, uniform_noise
@@ -72,7 +71,7 @@ def _each(work: Callable[[str], Any], parts: Sequence[str], folder: Place, numbe
     there = {part: found(_place(folder, part), json.loads) for part in parts}
     lacking = [part for part in parts if there[part] is None]
     processes = max(1, min(cluster.cpus(), len(lacking))) if len(lacking) > 1 and numbers > _LARGE else None
-    for place, value in over_chunks(work, lacking, cluster, processes):
+    for place, value in over_kept(work, lacking, cluster, processes):
         there[lacking[place]] = value
     return [there[part] for part in parts]
 

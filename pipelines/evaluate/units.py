@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from pipelines.cluster import Cluster
 from pipelines.data.manifest import Dataset
 from pipelines.data.reader import Reader
-from pipelines.data.work import over_chunks
 from pipelines.evaluate.features import Pixels, torch_threads
 from pipelines.evaluate.frechet import Features
-from pipelines.evaluate.kept import kept_arrays
+from pipelines.evaluate.kept import kept_arrays, over_kept
 from pipelines.evaluate.memory import nearest
 from pipelines.evaluate.sets import Extractor
 from pipelines.sample.job import Job, Part
@@ -115,7 +114,7 @@ def nearest_in_features(
 
     def make() -> dict[str, NDArray[np.float64]]:
         nearest_yet = np.full(len(features), np.inf)
-        for _, distances in over_chunks(functools.partial(_nearest, features, net, folder), units, cluster):
+        for _, distances in over_kept(functools.partial(_nearest, features, net, folder), units, cluster):
             nearest_yet = np.minimum(nearest_yet, distances)
         return {"distance": nearest_yet}
 

@@ -1,6 +1,7 @@
 """What is said of two evaluations, and of many ways to draw from one model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from pipelines.cluster import Cluster
 from pipelines.data.ingest import ingest
 from pipelines.errors import UserError
 from pipelines.evaluate.answers import Evaluation
-from pipelines.evaluate.compare import caveats, compare, keep_pictures
+from pipelines.evaluate.compare import compare, keep_pictures
 from pipelines.evaluate.scores import Score
 from pipelines.evaluate.study import Study, Way, parse_grid, picture, study
 from pipelines.fields import apply_overrides
@@ -21,7 +22,7 @@ from pipelines.session import open_session
 from pipelines.spec import parse_spec
 from pipelines.store import Place
 from tests.conftest import tiny_fields, tiny_spec
-from tests.sample.conftest import NoCluster, untrained
+from tests.sample.conftest import NoCluster, Said, untrained
 
 
 def score(name: str, value: float, low: float, high: float, **provenance: object) -> Score:
@@ -60,16 +61,20 @@ def test_what_differs_where_it_matters_is_named_and_refused_where_nothing_is_lef
         compare(a, others)
 
 
-def test_what_a_comparison_does_not_show_is_said() -> None:
+def test_why_there_is_no_picture_is_said_and_where_seeds_differ(tmp_path: Path) -> None:
     ours = evaluation(score("frechet", 1.0, 0.8, 1.2, sample_seed=0), score("kid", 1.0, 0.8, 1.2))
     theirs = evaluation(score("frechet", 1.0, 0.8, 1.2, sample_seed=3))
-    unkept, seeds = caveats([ours, theirs])
-    assert "there is no picture of both" in unkept
-    assert "not drawn from the same seeds (0 and 3)" in seeds
-    assert keep_pictures([ours, theirs], Place.of("nowhere")) is None
-    assert len(caveats([ours, ours])) == 1
-    nobody_knows = evaluation(score("frechet", 1.0, 0.8, 1.2))
-    assert "(0 and not recorded)" in caveats([ours, nobody_knows])[1]
+    gone = replace(ours, images=str(tmp_path / "gone"))
+    for both, said in (
+        ((ours, ours), ["were not kept"]),
+        ((gone, gone), [f"no picture of both: {tmp_path / 'gone'}"]),
+        ((ours, theirs), ["not drawn from the same seeds (0 and 3)", "were not kept"]),
+        ((ours, evaluation(score("frechet", 1.0, 0.8, 1.2))), ["seeds (0 and not recorded)", "were not kept"]),
+    ):
+        progress = Said()
+        assert keep_pictures(both, Place.of(tmp_path / "store"), progress) is None
+        assert len(progress.lines) == len(said)
+        assert all(part in line for part, line in zip(said, progress.lines, strict=True))
 
 
 def test_pictures_lie_one_above_the_other(tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_pictures_lie_one_above_the_other(tmp_path: Path) -> None:
         source, out = str(tmp_path / name / "images.npy"), Place.of(tmp_path / name / "out")
         places.append(ingest(source, out, image_size=8, channels=1, held_out=0.0, shard_images=7).place)
     both = [Evaluation([], {}, "", str(place)) for place in places]
-    shown = np.asarray(Image.open(str(keep_pictures(both, Place.of(tmp_path / "store")))))
+    shown = np.asarray(Image.open(str(keep_pictures(both, Place.of(tmp_path / "store"), Progress()))))
     half = shown.shape[0] // 2
     assert shown[: half - 4].max() < 100 < shown[half + 8, 8]
 

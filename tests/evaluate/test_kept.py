@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.evaluate.kept import kept, kept_arrays, kept_json
+from pipelines.cluster import Cluster
+from pipelines.evaluate.kept import kept, kept_arrays, kept_json, over_kept
 from pipelines.store import DamageError, Place
 
 
@@ -50,3 +51,19 @@ def test_what_another_version_kept_is_made_again(tmp_path: Path) -> None:
     kept(place, lambda: 1, lambda version: json.dumps({"format": version}).encode(), load)
     with pytest.warns(UserWarning, match="has format 1, not 2, and made again"):
         assert kept(place, lambda: 2, lambda version: json.dumps({"format": version}).encode(), load) == 2
+
+
+def test_damage_that_another_process_meets_is_told_here(cluster: Cluster, tmp_path: Path) -> None:
+    places = [Place.of(tmp_path / name) for name in ("a.json", "b.json")]
+
+    def named(place: Place) -> str:
+        return kept_json(place, lambda: place.name)
+
+    def all_of_them() -> list[tuple[int, str]]:
+        return sorted(over_kept(named, places, cluster, workers=2))
+
+    assert all_of_them() == [(0, "a.json"), (1, "b.json")]
+    places[1].write(b"damaged")
+    with pytest.warns(UserWarning, match=r"b\.json: is damaged, and made again") as told:
+        assert all_of_them() == [(0, "a.json"), (1, "b.json")]
+    assert len(told) == 1
