@@ -65,11 +65,9 @@ def warn_unused_by_images(overrides: Sequence[str], evaluate: Evaluate) -> None:
 
 
 def _warn_of_fields(overrides: Sequence[str], fields: Sequence[str], what: str) -> None:
-    for override in overrides:
-        name, _, text = override.partition("=")
-        if name in fields:
-            told = "--exact" if (name, text) == ("evaluate.exact", "true") else f"--set {override}"
-            warnings.warn(f"{told}: has no effect on {what}", stacklevel=4)
+    for name in dict.fromkeys(override.partition("=")[0] for override in overrides):
+        if name in fields:  # by its name alone: some have an option of their own
+            warnings.warn(f"{name}: has no effect on {what}", stacklevel=4)
 
 
 def _of_model(model: Model) -> list[str]:

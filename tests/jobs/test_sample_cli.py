@@ -117,10 +117,10 @@ def test_options_of_evaluation_without_effect_are_named(
     ingest("digits", Place.of(tmp_path / "small"), image_size=16, channels=1, held_out=0.4, shard_images=2000)
     monkeypatch.chdir(tmp_path)
     for words, said in (
-        ([str(dataset.place), "--exact"], ["--exact: has no effect on images that are there"]),
+        ([str(dataset.place), "--exact"], ["evaluate.exact: has no effect on images that are there"]),
         (
             [str(dataset.place), "--set", "evaluate.keep_samples=false", "--set", "evaluate.bits_images=9"],
-            [f"evaluate.{name}: has no effect on images" for name in ("keep_samples=false", "bits_images=9")],
+            [f"evaluate.{name}: has no effect on images" for name in ("keep_samples", "bits_images")],
         ),
         (
             [str(dataset.place), "--set", "evaluate.inception=none", "--set", "evaluate.feature_width=9"],
@@ -128,7 +128,7 @@ def test_options_of_evaluation_without_effect_are_named(
         ),
         (
             [str(run.place), "--grid", "steps=3", "--exact", "--set", "sample.steps=4"],
-            ["--exact: has no effect on --grid", "sample.steps=4: has no effect on --grid, which varies it"],
+            ["evaluate.exact: has no effect on --grid", "sample.steps: has no effect on --grid, which varies it"],
         ),
     ):
         store = ["--storage", str(dataset.place.path.parents[1])]
