@@ -189,7 +189,19 @@ def test_held_out_images_that_a_model_was_trained_on_are_counted(dataset: Datase
     with pytest.warns(UserWarning, match="exact copies"):
         other = ingest(source, out, image_size=8, channels=1, held_out=0.0, shard_images=7)
     expected = sum(any(np.array_equal(image, seen) for seen in held_out[:50]) for image in held_out)
-    assert held_out_seen(replace(model, dataset_digest=other.digest), dataset, store) == expected >= 50
+    foreign = replace(model, dataset_digest=other.digest)
+    assert held_out_seen(foreign, dataset, store) == expected >= 50
+
+    said = Said()
+    session = open_session(NoCluster(None), said, tiny_spec(), storage=str(store))
+    for one, told in (
+        (foreign, f"{expected} of {len(held_out)} images"),
+        (replace(model, dataset_digest=""), "may be"),
+    ):
+        with pytest.raises(AssertionError, match="nothing may start"):
+            evaluate(one, dataset, tiny_spec(), session)
+        assert told in said.lines[-2]
+        assert "near_training is about training images that it may not have seen" in said.lines[-1]
 
 
 def test_a_source_that_has_images_on_both_sides_is_no_exception(tmp_path: Path) -> None:
