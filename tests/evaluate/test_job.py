@@ -20,6 +20,7 @@ from pipelines.errors import UserError
 from pipelines.evaluate import statistics
 from pipelines.evaluate.answers import Evaluation, Question
 from pipelines.evaluate.chance import choose_images
+from pipelines.evaluate.extractors import feature_place, kept_net
 from pipelines.evaluate.job import evaluate, evaluate_samples
 from pipelines.evaluate.overlap import held_out_seen
 from pipelines.evaluate.scores import Score
@@ -319,23 +320,35 @@ def test_images_need_not_be_kept_to_be_scored(dataset: Dataset, shared: Session,
     assert Path(forgotten.pairs).read_bytes() == Path(kept.pairs).read_bytes()
 
 
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def test_what_was_damaged_in_the_store_is_named_and_made_again(dataset: Dataset, shared: Session, store: Path) -> None:
-    question, before = Question(tiny_spec(evaluate__feature_epochs=1).evaluate, seed=6), kept_in(store)
+    question, before = Question(QUESTION.evaluate, seed=6), kept_in(store)
     first = evaluate_samples(dataset, dataset, question, shared)
-    kept = [store / name for name in kept_in(store).keys() - before.keys()]
-    assert {path.suffix for path in kept} == {".npz", ".json", ".net"}
+    new = [name for name in kept_in(store) if name not in before]
+    old = [name for name in before if name.startswith(("looks", "features")) and name.endswith(".npz")]
     scores = Path(first.pairs).parent / "scores.json"
-    for path in (*kept, scores):
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
+    for path in (*(store / name for name in (*new, *old)), scores):
+        damage(path)
     with pytest.warns(UserWarning, match="is damaged, and made again|it is scored again") as said:
         again = evaluate_samples(dataset, dataset, question, shared)
     assert again.to_json() == first.to_json()
     told = "\n".join(str(one.message) for one in said)
     assert f"{scores} does not match the sha256 in its manifest; it is scored again" in told
-    for name in (".net", "frechet.json", "looks", "features"):
+    for name in ("floors", "frechet.json", "looks", "features"):
         assert name in told
+
+
+def test_a_network_that_was_damaged_is_trained_again(dataset: Dataset, tmp_path: Path) -> None:
+    asked, store = tiny_spec(evaluate__feature_epochs=1).evaluate, Place.of(tmp_path)
+    first = kept_net(dataset, asked, store)
+    damage(feature_place(dataset, asked, store).path)
+    with pytest.warns(UserWarning, match=r"\.net: is damaged, and made again"):
+        assert kept_net(dataset, asked, store).digest == first.digest
 
 
 def test_data_with_nothing_held_out_is_refused_before_anything_starts(dataset: Dataset, tmp_path: Path) -> None:
