@@ -97,7 +97,7 @@ def claimed(job: Job, model: Model, studio: Studio) -> Iterator[Callable[[], Non
         studio.check(job.settings)  # before anything is left there
     with job.held() as check_held:
         job.check_place()  # it may have come to something since
-        job.claim(model.origin)
+        job.claim(model.origin, model.average)
         yield check_held
 
 

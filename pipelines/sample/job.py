@@ -139,11 +139,12 @@ class Job:
         """Whether the place has been taken for this job."""
         return (self.place / JOB).exists() or self._has_begun()
 
-    def claim(self, origin: str) -> None:
-        """Take the place for this job, with its lock held. `origin` says in words where the model comes from."""
+    def claim(self, origin: str, average: str) -> None:
+        """Take the place for this job, with its lock held. Words say where the model comes from, and which average of a
+        run's weights it is."""
         self.sweep()
         if self._there() is None:
-            (self.place / JOB).write_json({**self.record(), "origin": origin})
+            (self.place / JOB).write_json({**self.record(), "origin": origin, "average": average})
 
     def first_environment(self, now: Mapping[str, str]) -> Mapping[str, str]:
         """What the first images are drawn with: what is given, and kept from now on, where nothing is known of it."""
@@ -292,6 +293,10 @@ class Job:
     def origin(self) -> str:
         """Where the model came from when the job was begun, in words."""
         return str((self.place / JOB).read_json().get("origin", self.model_digest))
+
+    def average(self) -> str | None:
+        """Which average of a run's weights the model is, in words; None where nothing is said of it."""
+        return (self._there() or {}).get("average")
 
     def finished(self) -> int:
         """The largest n that is done; 0 where none is."""
